@@ -1,0 +1,229 @@
+"""The folder of a converted model: where it lies, its config, and its weights.
+
+``weights.npz`` is an uncompressed zip64 archive of npy members in C order, whose
+data start at multiples of 64 bytes, bfloat16 as ``<V2`` (what MLX itself writes).
+So ``mx.load`` opens it, and :class:`MappedWeights` copies every tensor once, straight
+from the file's pages.
+"""
+
+import json
+import math
+import mmap
+import struct
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+import fast_blas  # noqa: F401  (before mlx: see there)
+from errors import InputError
+
+WEIGHTS = "weights.npz"
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+
+MODELS = Path(__file__).resolve().parent / "models"
+
+_ALIGNMENT = 64  # bytes: a cache line, and at least every dtype's own alignment
+_LOCAL_HEADER = struct.Struct("<4s5H3L2H")  # zip's local file header
+_ZIP64_EXTRA = 20  # bytes that zipfile appends to the local header's extra field
+_PADDING_ID = 0xD935  # the extra-field id that Android's zipalign pads with
+
+_NPY_DTYPES = {
+    mx.float32: "<f4",
+    mx.float16: "<f2",
+    mx.bfloat16: "<V2",
+    mx.uint32: "<u4",
+    mx.uint8: "|u1",
+}
+_MLX_DTYPES = {np.dtype(descr): dtype for dtype, descr in _NPY_DTYPES.items()}
+
+
+def locate(name: str) -> Path:
+    """The folder of a converted model: ``name`` itself, else ``models/name``."""
+    for folder in (Path(name), MODELS / name):
+        if (folder / WEIGHTS).is_file():
+            return folder
+    for folder in (Path(name), MODELS / name):
+        if folder.is_dir():
+            raise InputError(
+                f"{folder} holds no {WEIGHTS}: convert the checkpoint first "
+                f"(python convert.py --model {name})"
+            )
+    raise InputError(
+        f"no model '{name}': neither a folder nor in {MODELS}; convert it first "
+        f"(python convert.py --model {name})"
+    )
+
+
+def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
+    """A JSON object from a file; empty where an optional file is missing."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if optional:
+            return {}
+        raise InputError(f"{path.parent} has no {path.name}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} does not hold a JSON object")
+    return value
+
+
+class WeightsWriter:
+    """Writes tensors one by one into an npz that can be mapped into memory.
+
+    The bytes depend on the tensors and their order alone, not on the time.
+    """
+
+    def __init__(self, path: Path):
+        self._zip = zipfile.ZipFile(path, "x", zipfile.ZIP_STORED, allowZip64=True)
+
+    def __enter__(self) -> "WeightsWriter":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._zip.close()
+
+    def write(self, name: str, tensor: mx.array) -> None:
+        """Append ``tensor`` under ``name``; it is evaluated here."""
+        header = _npy_header(tensor)
+        member = zipfile.ZipInfo(f"{name}.npy")  # dated 1980-01-01
+        before = _LOCAL_HEADER.size + len(member.filename.encode()) + _ZIP64_EXTRA
+        before += self._zip.start_dir + 4  # 4: the padding's own id and length
+        padding = -(before + len(header)) % _ALIGNMENT
+        member.extra = struct.pack("<HH", _PADDING_ID, padding) + bytes(padding)
+        bits = tensor.view(mx.uint16) if tensor.dtype == mx.bfloat16 else tensor
+        data = np.array(bits, copy=False).reshape(-1)
+        with self._zip.open(member, "w", force_zip64=True) as file:
+            file.write(header)
+            step = 1 << 24
+            for start in range(0, data.size, step):
+                file.write(memoryview(data[start : start + step]).cast("B"))
+
+
+def _npy_header(tensor: mx.array) -> bytes:
+    """The npy format's version 1.0 header (numpy.lib.format) of a C-order array."""
+    described = {
+        "descr": _NPY_DTYPES[tensor.dtype],
+        "fortran_order": False,
+        "shape": tuple(tensor.shape),
+    }
+    text = repr(described).encode("latin1")
+    length = len(text) + 1 + -(10 + len(text) + 1) % _ALIGNMENT
+    return (
+        b"\x93NUMPY\x01\x00"
+        + struct.pack("<H", length)
+        + text.ljust(length - 1)
+        + b"\n"
+    )
+
+
+class MappedWeights:
+    """The tensors of an npz, mapped into memory; nothing is read until :meth:`load`.
+
+    Any npz without compression will do: :class:`WeightsWriter`'s, MLX's or numpy's.
+    """
+
+    def __init__(self, path: Path):
+        """
+        Raises:
+            InputError: the file is missing, or not a whole npz.
+        """
+        self._path = path
+        try:
+            with path.open("rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                self._views = _map_members(file, mapped)
+        except (OSError, ValueError, zipfile.BadZipFile, struct.error) as error:
+            raise InputError(
+                f"{path} is damaged or not an npz ({error}): convert the model again"
+            ) from None
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._views
+
+    def load(self, expected: Mapping[str, tuple[int, ...]]) -> dict[str, mx.array]:
+        """Copy every tensor once, from the mapped file into an array of its own.
+
+        Args:
+            expected: the name and shape of each tensor that has to be there.
+
+        Raises:
+            InputError: the tensors are not those expected. All of them are checked
+                before any is read.
+        """
+        shapes = {name: view.shape for name, view in self._views.items()}
+        _check(self._path, shapes, expected)
+        return {name: _to_mlx(view) for name, view in self._views.items()}
+
+
+def _map_members(file: Any, mapped: mmap.mmap) -> dict[str, np.ndarray]:
+    """Every member of the archive as an array over the mapping."""
+    with zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+    views = {}
+    for member in members:
+        name = member.filename.removesuffix(".npy")
+        if member.compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f"{name} is compressed")
+        header = _LOCAL_HEADER.unpack_from(mapped, member.header_offset)
+        if header[0] != b"PK\x03\x04":
+            raise ValueError(f"{name} is not where the archive says")
+        start = member.header_offset + _LOCAL_HEADER.size + header[-2] + header[-1]
+        views[name] = _map_npy(mapped, name, start, member.file_size)
+    return views
+
+
+def _map_npy(mapped: mmap.mmap, name: str, start: int, size: int) -> np.ndarray:
+    """The npy file at ``mapped[start : start + size]`` as an array."""
+    mapped.seek(start)
+    version = np.lib.format.read_magic(mapped)
+    read_header = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }.get(version)
+    if read_header is None:
+        raise ValueError(f"{name} has npy version {version}")
+    shape, fortran_order, dtype = read_header(mapped)
+    if dtype not in _MLX_DTYPES:
+        raise ValueError(f"{name} has the dtype {dtype}")
+    offset = mapped.tell()
+    if offset - start + math.prod(shape) * dtype.itemsize != size:
+        raise ValueError(f"{name} has not the size that its shape says")
+    if start + size > len(mapped):
+        raise ValueError(f"{name} ends beyond the file")
+    order = "F" if fortran_order else "C"
+    return np.ndarray(shape, dtype, mapped, offset, order=order)
+
+
+def _to_mlx(view: np.ndarray) -> mx.array:
+    if _MLX_DTYPES[view.dtype] == mx.bfloat16:
+        return mx.array(view.view(np.uint16)).view(mx.bfloat16)
+    return mx.array(view)
+
+
+def _check(
+    path: Path,
+    found: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, tuple[int, ...]],
+) -> None:
+    """Names and shapes agree, or an error that names the first that does not."""
+    again = "the folder's files do not belong together: convert the model again"
+    for name, shape in expected.items():
+        if name not in found:
+            raise InputError(f"{path} lacks {name}, which its config asks for; {again}")
+        if tuple(found[name]) != tuple(shape):
+            raise InputError(
+                f"{path}: {name} has the shape {tuple(found[name])}, but its config "
+                f"asks for {tuple(shape)}; {again}"
+            )
+    extra = next((name for name in found if name not in expected), None)
+    if extra:
+        raise InputError(
+            f"{path} has {extra}, which its config has no use for; {again}"
+        )

@@ -1,0 +1,340 @@
+"""Convert a Hugging Face T5 checkpoint into a folder that MLX loads at disk speed.
+
+    python convert.py --model FOLDER [--output DIR] [--dtype auto|float32|bfloat16]
+
+Tensors stream one by one from the memory-mapped source into ``weights.npz``, so the
+peak memory is a few times the largest tensor, whatever the size of the model. The
+folder appears by a rename when it is complete; until then an earlier one stays.
+"""
+
+import errno
+import json
+import math
+import mmap
+import shutil
+import struct
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from errors import InputError, Parser, run
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+#: Above this, ``--dtype auto`` stores float32 checkpoints as bfloat16.
+BILLION = 1_000_000_000
+
+#: Copies of the embedding, and a bias that old checkpoints have and nothing reads.
+UNUSED = frozenset(
+    {
+        "shared.weight",
+        "encoder.embed_tokens.weight",
+        "decoder.embed_tokens.weight",
+        "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of the source checkpoint, mapped and not yet read."""
+
+    name: str
+    dtype: str  # as safetensors names them: F32, F16, BF16
+    shape: tuple[int, ...]
+    bits: Any  # numpy array over the mapping; bfloat16 as uint16
+
+    def read(self) -> Any:
+        """The values as an ``mx.array`` of the stored dtype."""
+        import mlx.core as mx
+
+        value = mx.array(self.bits)
+        return value.view(mx.bfloat16) if self.dtype == "BF16" else value
+
+
+def open_checkpoint(folder: Path) -> dict[str, Tensor]:
+    """Map every tensor of a folder's safetensors weights, single or sharded.
+
+    Raises:
+        InputError: no weights, a shard is missing, or a file is damaged.
+    """
+    if not folder.is_dir():
+        raise InputError(f"no checkpoint folder {folder}")
+    if (folder / INDEX).is_file():
+        from checkpoint import read_json
+
+        shards = read_json(folder / INDEX).get("weight_map", {})
+        files = sorted(set(shards.values()))
+    elif (folder / SINGLE).is_file():
+        files = [SINGLE]
+    else:
+        raise InputError(f"{folder} holds no weights: neither {SINGLE} nor {INDEX}")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        tensors |= _open_safetensors(folder / file)
+    return tensors
+
+
+def _open_safetensors(path: Path) -> dict[str, Tensor]:
+    """Map the tensors of one file: 8 bytes of header size, a JSON header, the data."""
+    import numpy as np
+
+    numpy_dtypes = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+    try:
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        (size,) = struct.unpack_from("<Q", mapped)
+        header = json.loads(mapped[8 : 8 + size])
+        header.pop("__metadata__", None)
+        tensors = {}
+        for name, entry in header.items():
+            dtype, shape = entry["dtype"], tuple(entry["shape"])
+            begin, end = entry["data_offsets"]
+            if dtype not in numpy_dtypes:
+                raise InputError(f"{path}: {name} has the dtype {dtype}, not a float")
+            width = np.dtype(numpy_dtypes[dtype]).itemsize
+            if end - begin != math.prod(shape) * width:
+                raise ValueError(f"{name} has not the size that its shape says")
+            bits = np.ndarray(shape, numpy_dtypes[dtype], mapped, 8 + size + begin)
+            tensors[name] = Tensor(name, dtype, shape, bits)
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing: the checkpoint is incomplete") from None
+    except (OSError, ValueError, TypeError, KeyError, struct.error) as error:
+        raise InputError(f"{path} is damaged ({error}): fetch it again") from None
+    return tensors
+
+
+def recipe(config: Any, tied: bool) -> dict[str, list[str]]:
+    """For every tensor of ours the checkpoint's tensors that it stacks, by rows.
+
+    Projections of the same input are one matrix here: q, k and v of self-attention, k
+    and v of cross-attention, the two of a gated feed-forward.
+    """
+    names = {"embedding.weight": ["shared.weight"]}
+    if not tied:
+        names["head.weight"] = ["lm_head.weight"]
+
+    for stack, layers in (
+        ("encoder", config.num_layers),
+        ("decoder", config.num_decoder_layers),
+    ):
+        names[f"{stack}.norm.weight"] = [f"{stack}.final_layer_norm.weight"]
+        names[f"{stack}.position_bias.weight"] = [
+            f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        ]
+        for layer in range(layers):
+            ours = f"{stack}.layers.{layer}"
+            theirs = [f"{stack}.block.{layer}.layer.{part}" for part in range(3)]
+
+            def add(name: str, *sources: str, ours: str = ours) -> None:
+                names[f"{ours}.{name}.weight"] = [f"{name}.weight" for name in sources]
+
+            attention = f"{theirs[0]}.SelfAttention"
+            add("attention_norm", f"{theirs[0]}.layer_norm")
+            add("attention.qkv", *(f"{attention}.{part}" for part in "qkv"))
+            add("attention.o", f"{attention}.o")
+            if stack == "decoder":
+                cross = f"{theirs[1]}.EncDecAttention"
+                add("cross_attention_norm", f"{theirs[1]}.layer_norm")
+                add("cross_attention.q", f"{cross}.q")
+                add("cross_attention.kv", f"{cross}.k", f"{cross}.v")
+                add("cross_attention.o", f"{cross}.o")
+            last = theirs[2] if stack == "decoder" else theirs[1]
+            feed_forward = f"{last}.DenseReluDense"
+            add("feed_forward_norm", f"{last}.layer_norm")
+            inputs = ("wi_0", "wi_1") if config.gated else ("wi",)
+            add("feed_forward.wi", *(f"{feed_forward}.{part}" for part in inputs))
+            add("feed_forward.wo", f"{feed_forward}.wo")
+    return names
+
+
+def plan(config: Any, tensors: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
+    """The source tensors of each of ours, every one of the checkpoint accounted for.
+
+    Raises:
+        InputError: a tensor is missing, has another shape than the config says, or has
+            no place in T5.
+    """
+    from model import T5, parameter_shapes
+
+    tied = _is_tied(tensors)
+    names = recipe(config, tied)
+    shapes = parameter_shapes(T5(config, tied))
+    assert names.keys() == shapes.keys()
+    steps: dict[str, list[Tensor]] = {}
+    for ours, theirs in names.items():
+        missing = next((name for name in theirs if name not in tensors), None)
+        if missing:
+            raise InputError(f"the checkpoint has no {missing}, which its config needs")
+        parts = [tensors[name] for name in theirs]
+        stacked = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+        if stacked != shapes[ours] or len({part.shape for part in parts}) > 1:
+            found = ", ".join(f"{part.name} {part.shape}" for part in parts)
+            raise InputError(
+                f"the config does not fit the weights: {found} would make "
+                f"{stacked}, but the config asks for {shapes[ours]}"
+            )
+        steps[ours] = parts
+    used = {name for theirs in names.values() for name in theirs}
+    known = used | UNUSED | ({"lm_head.weight"} if tied else set())
+    stray = next((name for name in tensors if name not in known), None)
+    if stray:
+        raise InputError(f"the checkpoint has {stray}, which T5 has no place for")
+    return steps
+
+
+def _is_tied(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the output head is the embedding: there is no other, or it is a copy."""
+    import numpy as np
+
+    head, embedding = tensors.get("lm_head.weight"), tensors.get("shared.weight")
+    if head is None or embedding is None:
+        return head is None
+    return head.shape == embedding.shape and np.array_equal(head.bits, embedding.bits)
+
+
+def choose_dtype(wanted: str, tensors: Mapping[str, Tensor]) -> str:
+    """The dtype to store: as asked, or for ``auto`` what the checkpoint has.
+
+    float32 becomes bfloat16 for models of over a billion parameters, and float16, whose
+    range T5's activations exceed, float32 or bfloat16 by the same rule.
+    """
+    if wanted != "auto":
+        return wanted
+    stored = {tensor.dtype for tensor in tensors.values()}
+    if stored == {"BF16"}:
+        return "bfloat16"
+    large = sum(math.prod(tensor.shape) for tensor in tensors.values()) > BILLION
+    if large:
+        print("storing bfloat16, half of float32 (--dtype says else)", file=sys.stderr)
+    return "bfloat16" if large else "float32"
+
+
+def convert(source: Path, output: Path, dtype: str = "auto") -> None:
+    """Convert the checkpoint in ``source`` into the folder ``output``.
+
+    Raises:
+        InputError: the source is no T5 checkpoint that can be read whole, the output
+            would replace something else, or the disk is full.
+    """
+    from checkpoint import CONFIG, GENERATION_CONFIG, WEIGHTS, read_json
+    from model import T5Config
+
+    tensors = open_checkpoint(source)
+    config = T5Config.from_dict(
+        read_json(source / CONFIG), read_json(source / GENERATION_CONFIG, optional=True)
+    )
+    steps = plan(config, tensors)
+    dtype = choose_dtype(dtype, tensors)
+    if output.exists() and not (output / WEIGHTS).is_file():
+        raise InputError(
+            f"{output} exists and is no converted model: it stays as it is"
+        )
+    if output.exists() and output.resolve() == source.resolve():
+        raise InputError("the output would replace the source: give another --output")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        for stale in output.parent.glob(f".{output.name}.partial-*"):
+            shutil.rmtree(stale, ignore_errors=True)
+        partial = Path(
+            tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent)
+        )
+    except OSError as error:
+        raise InputError(f"cannot write to {output.parent}: {error.strerror}") from None
+    try:
+        _require_space(partial, steps, dtype)
+        _write_weights(partial / WEIGHTS, steps, dtype)
+        for name in (CONFIG, GENERATION_CONFIG):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, partial / name)
+        save_tokenizer(source, partial)
+        partial.chmod(0o755)  # mkdtemp's folders are for their owner alone
+        if output.exists():
+            output.rename(partial.with_name(f"{partial.name}-replaced"))
+        partial.rename(output)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise InputError(f"no space left on the disk of {output.parent}") from None
+        raise InputError(f"cannot write {output}: {error}") from None
+    finally:
+        for stale in output.parent.glob(f".{output.name}.partial-*"):
+            shutil.rmtree(stale, ignore_errors=True)
+
+
+def _require_space(folder: Path, steps: Mapping[str, list[Tensor]], dtype: str) -> None:
+    width = 4 if dtype == "float32" else 2
+    needed = width * sum(
+        math.prod(part.shape) for parts in steps.values() for part in parts
+    )
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise InputError(
+            f"the weights need {needed / 1e9:.1f} GB, but the disk of {folder.parent} "
+            f"has {free / 1e9:.1f} GB left"
+        )
+
+
+def _write_weights(path: Path, steps: Mapping[str, list[Tensor]], dtype: str) -> None:
+    import mlx.core as mx
+    from checkpoint import WeightsWriter
+    from tqdm import tqdm
+
+    total = sum(part.bits.nbytes for parts in steps.values() for part in parts)
+    with (
+        WeightsWriter(path) as writer,
+        tqdm(total=total, unit="B", unit_scale=True, desc="weights") as progress,
+    ):
+        for name, parts in steps.items():
+            read = [part.read().astype(getattr(mx, dtype)) for part in parts]
+            writer.write(name, mx.concatenate(read) if len(read) > 1 else read[0])
+            progress.update(sum(part.bits.nbytes for part in parts))
+
+
+def save_tokenizer(source: Path, folder: Path) -> None:
+    """Write the source's tokenizer, as transformers understands it, into ``folder``.
+
+    What it saves includes a ``tokenizer.json`` wherever the tokenizer has that form,
+    made from ``spiece.model`` where the checkpoint has that alone.
+    """
+    from text import load_with_transformers
+
+    load_with_transformers(source).save_pretrained(str(folder))
+
+
+def parse_arguments(arguments: list[str] | None = None) -> Any:
+    parser = Parser(prog="convert.py", description=__doc__.split("\n\n")[0])
+    parser.add_argument(
+        "--model", required=True, metavar="FOLDER", help="a Hugging Face checkpoint"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="where the converted model goes (default: models/ and the model's name)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="what the weights are stored in (default: auto, as the checkpoint has "
+        "them, but bfloat16 for models of over a billion parameters)",
+    )
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    from checkpoint import MODELS
+
+    source = Path(arguments.model)
+    output = arguments.output or MODELS / source.resolve().name
+    convert(source, output, arguments.dtype)
+    print(f"converted into {output}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, "convert.py"))

@@ -1,0 +1,134 @@
+"""Who proposes draft tokens.
+
+A drafter is told nothing about what became of its proposals. It is handed the committed
+tokens each round and works out by itself how far its cache still agrees with them, so
+that a fully accepted round, a rejection, a round that somebody else drafted and a round
+without a draft are all the same case.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+import fast_blas  # noqa: F401  (before mlx: see there)
+import mlx.core as mx
+
+
+@dataclass
+class Draft:
+    """Proposed tokens for one round.
+
+    Attributes:
+        tokens: (B, K) int32, right-padded.
+        counts: how many of the K are real, row by row; None when all are.
+    """
+
+    tokens: mx.array
+    counts: list[int] | None = None
+
+
+class Session(Protocol):
+    """One model with its caches and one batch (see ``model.T5Session``).
+
+    Attributes:
+        vocabulary: ids below it may be fed and are what the logits are of.
+    """
+
+    vocabulary: int
+
+    def start(self, prompts: list[list[int]]) -> list[list[int]]:
+        """Encode or prefill; the tokens that each row's decoding starts from."""
+
+    def extend(self, tokens: mx.array) -> mx.array:
+        """Append tokens (B, T); logits (B, T, V), those at t for the token after it."""
+
+    def rewind(self, lengths: list[int]) -> None:
+        """Forget all but the first ``lengths[b]`` cached positions of each row b."""
+
+
+class Drafter(Protocol):
+    """Anything that can guess how a text goes on."""
+
+    def start(self, prompts: list[list[int]]) -> None:
+        """Prepare for a batch of prompts (B lists of token ids)."""
+
+    def propose(self, sequences: list[list[int]], num_draft: int) -> Draft:
+        """Guess the next ``num_draft`` tokens of each row, without waiting for the device.
+
+        Args:
+            sequences: for each row the committed tokens, with those it started from.
+            num_draft: K, at least 1.
+        """
+
+
+class ModelDrafter:
+    """Drafts with a smaller model, token by token."""
+
+    def __init__(self, session: Session):
+        self._session = session
+
+    def start(self, prompts: list[list[int]]) -> None:
+        self._session.start(prompts)
+        # A row's cache holds `_agreed` positions that are known to be the committed
+        # tokens', then those of `_tail`, which later turned out right or wrong.
+        self._agreed = [0] * len(prompts)
+        self._tail: list[list[int]] = [[] for _ in prompts]
+        self._proposed: mx.array | None = None
+
+    def propose(self, sequences: list[list[int]], num_draft: int) -> Draft:
+        self._settle(sequences)
+        token = self._catch_up(sequences)
+        tokens = [token]
+        for _ in range(num_draft - 1):
+            token = _greedy(self._session.extend(token[:, None])[:, -1])
+            # The device starts on this while the next step's graph is being built.
+            mx.async_eval(token)
+            tokens.append(token)
+        draft = mx.stack(tokens, axis=1)
+        self._proposed = draft[:, :-1]  # the last one was not fed
+        return Draft(draft)
+
+    def _settle(self, sequences: list[list[int]]) -> None:
+        """Count the cached positions that agree with what has been committed since."""
+        if self._proposed is not None:
+            # Evaluated when the round was verified: this waits for nothing.
+            fed = np.array(self._proposed).tolist()
+            self._tail = [tail + row for tail, row in zip(self._tail, fed, strict=True)]
+            self._proposed = None
+        for row, sequence in enumerate(sequences):
+            # The last committed token has to be fed again for its logits.
+            known = sequence[self._agreed[row] : -1]
+            for cached, committed in zip(self._tail[row], known, strict=False):
+                if cached != committed:
+                    break
+                self._agreed[row] += 1
+
+    def _catch_up(self, sequences: list[list[int]]) -> mx.array:
+        """Feed what each row lacks of its committed tokens; the token after them (B,).
+
+        Rows may lack different counts. All feed as many as the worst: one that lacks
+        fewer repeats some of its last tokens, one that is not even that long is padded.
+        """
+        lengths = [len(sequence) for sequence in sequences]
+        width = max(map(int.__sub__, lengths, self._agreed))
+        starts = [max(length - width, 0) for length in lengths]
+        chunk = np.zeros((len(sequences), width), np.int32)
+        for row, (sequence, start) in enumerate(zip(sequences, starts, strict=True)):
+            chunk[row, : len(sequence) - start] = sequence[start:]
+        # A target with more ids than the draft: a bad guess follows, not a bad read.
+        chunk = np.minimum(chunk, self._session.vocabulary - 1)
+        self._session.rewind(starts)
+        logits = self._session.extend(mx.array(chunk))
+        self._session.rewind(lengths)
+        last = mx.array(lengths) - mx.array(starts) - 1
+        token = _greedy(mx.take_along_axis(logits, last[:, None, None], axis=1)[:, 0])
+        mx.async_eval(token)
+        self._agreed = lengths
+        self._tail = [[] for _ in sequences]
+        return token
+
+
+def _greedy(logits: mx.array) -> mx.array:
+    """(B, V) -> the best token of each row (B,) int32."""
+    return mx.argmax(logits, axis=-1).astype(mx.int32)

@@ -1,0 +1,53 @@
+"""Bad input ends in one line on stderr and exit status 2: the whole mechanism.
+
+Whatever the user can cause (a flag, a file, a checkpoint) is raised as
+:class:`InputError`, with a message that says what is wrong and what to do.
+Anything else that escapes is a defect of this program and keeps its traceback.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+
+class InputError(Exception):
+    """Something the user gave is wrong; the message says what to do about it."""
+
+
+class Parser(argparse.ArgumentParser):
+    """``argparse`` with its errors in one line: no usage dump."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def run(main: Callable[[], None], name: str) -> int:
+    """Call ``main`` and return the exit status that a command line should have.
+
+    0 when it returns, also when whoever read our output stopped reading; 2 with
+    one line on stderr for an :class:`InputError`; 130 after Ctrl-C.
+    """
+    status = 0
+    try:
+        main()
+        sys.stdout.flush()
+    except InputError as error:
+        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        status = 130
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more when it exits: give it
+        # somewhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _settle_device()
+    return status
+
+
+def _settle_device() -> None:
+    """Wait for work in flight: MLX can abort a process that exits under it."""
+    mlx = sys.modules.get("mlx.core")
+    if mlx is not None:
+        mlx.synchronize()

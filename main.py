@@ -1,0 +1,216 @@
+"""Generate text with T5, several tokens per pass of the large model.
+
+    python main.py --model t5-11b --draft-model t5-small --prompt TEXT
+
+A small draft model proposes tokens and the large target model checks them all at once:
+the text is what the target alone would write. Text goes to stdout, all else to stderr.
+"""
+
+import json
+import os
+import sys
+from argparse import Namespace
+from typing import TYPE_CHECKING
+
+from errors import InputError, Parser, run
+
+# What takes time to import is imported where it is used: help and errors come at
+# once, and Ctrl-C is clean from the first moment on.
+if TYPE_CHECKING:
+    from decoder import Stats
+    from pair import Generation, Pair
+
+EXAMPLE = "translate English to German: Where is the nearest train station?"
+BUNDLED = ("demo/target", "demo/draft")
+NO_DRAFT = "none"
+
+_DRAFTED, _RESET = "\x1b[32m", "\x1b[0m"  # green
+
+
+def parse_arguments(arguments: list[str] | None = None) -> Namespace:
+    from decoder import DELTA, MAX_TOKENS, NUM_DRAFT
+
+    parser = Parser(prog="main.py", description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add(
+        "--model",
+        metavar="NAME",
+        help="target: a converted model's folder, or its name in models/ "
+        "(default: t5-11b with t5-small, where both are converted)",
+    )
+    add(
+        "--draft-model",
+        metavar="NAME",
+        help=f"draft, likewise; '{NO_DRAFT}' for the target alone (default: t5-small, "
+        "where it is converted and has the target's tokenizer)",
+    )
+    add("--prompt", metavar="TEXT", help="what to answer (default: an example)")
+    add(
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        default=MAX_TOKENS,
+        help="write at most N tokens (default: %(default)s)",
+    )
+    add(
+        "--num-draft",
+        type=int,
+        metavar="N",
+        default=NUM_DRAFT,
+        help="draft tokens per round; 0 for the target alone (default: %(default)s)",
+    )
+    add(
+        "--delta",
+        type=float,
+        metavar="D",
+        default=DELTA,
+        help="relaxed acceptance, from 0, exactly the target's text, to 1, whatever the "
+        "draft proposes (default: %(default)s)",
+    )
+    add("--regular-decode", action="store_true", help="decode with the target alone")
+    add("--color", action="store_true", help="show the draft's tokens in green")
+    add("--json", action="store_true", help="print one JSON object instead of the text")
+    add("--verbose", action="store_true", help="say more about models and rounds")
+    return parser.parse_args(arguments)
+
+
+def say(line: str) -> None:
+    """A line for the person, not for the pipe."""
+    print(line, file=sys.stderr)
+
+
+def load_pair(arguments: Namespace) -> "Pair":
+    """Load the models that the flags ask for, or those they leave open."""
+    from pair import Pair
+
+    plain = arguments.regular_decode or arguments.num_draft == 0
+    model, draft = arguments.model, arguments.draft_model
+    if model is None:
+        model, default_draft = _default_models()
+        draft = draft or default_draft
+        say(f"using {model} with {draft}")
+    elif draft is None and not plain:
+        draft = _fitting_draft(model)
+    if plain or draft == NO_DRAFT:
+        draft = None
+    return Pair.load(model, draft)
+
+
+def _default_models() -> tuple[str, str]:
+    from checkpoint import MODELS, WEIGHTS
+
+    for pair in (("t5-11b", "t5-small"), BUNDLED):
+        folders = [MODELS / name if "/" not in name else _here(name) for name in pair]
+        if all((folder / WEIGHTS).is_file() for folder in folders):
+            return str(folders[0]), str(folders[1])
+    raise InputError(
+        "no model is converted yet: convert t5-11b and t5-small (python convert.py "
+        "--model FOLDER), or name a converted one with --model"
+    )
+
+
+def _here(name: str) -> "os.PathLike[str]":
+    from checkpoint import MODELS
+
+    return MODELS.parent / name
+
+
+def _fitting_draft(model: str) -> str:
+    """The converted t5-small, where its tokenizer is the target's."""
+    from checkpoint import MODELS, WEIGHTS, locate
+    from text import Tokenizer
+
+    folder = MODELS / "t5-small"
+    if not (folder / WEIGHTS).is_file():
+        say("no draft model: decoding with the target alone (see --draft-model)")
+        return NO_DRAFT
+    if not Tokenizer(locate(model)).same_ids(Tokenizer(folder)):
+        say("t5-small is no draft for this tokenizer: decoding with the target alone")
+        return NO_DRAFT
+    say("drafting with t5-small")
+    return str(folder)
+
+
+def write_text(answer: "Generation", color: bool) -> None:
+    """Stream the text to stdout, the draft's tokens in green if ``color``."""
+    green = False
+    try:
+        for piece in answer:
+            if color and piece.drafted != green:
+                green = piece.drafted
+                print(_DRAFTED if green else _RESET, end="")
+            print(piece.text, end="", flush=True)
+    finally:
+        print(_RESET if green else "", flush=True)
+
+
+def write_json(answer: "Generation") -> None:
+    """One object on stdout: the prompt, the text, its ids, why it ended, the figures."""
+    answer.finish()
+    value = {
+        "prompt": answer.prompt,
+        "text": answer.text,
+        "tokens": answer.tokens,
+        "finish_reason": answer.finish_reason,
+        "stats": answer.stats.as_dict(),
+    }
+    print(json.dumps(value, ensure_ascii=False), flush=True)
+
+
+def report(stats: "Stats", verbose: bool) -> None:
+    """The figures of one prompt, in a block that a person reads."""
+    say("")
+    rounds = f"{stats.new_tokens} tokens in {stats.rounds} target passes"
+    say(f"{rounds} ({stats.tokens_per_round:.2f} per pass)")
+    if stats.alpha is not None:
+        judged = f"{stats.accepted} of {stats.tested} judged"
+        say(
+            f"draft: {judged} stood (alpha {stats.alpha:.2f}), {stats.drafted} proposed"
+        )
+    say(
+        f"time: {stats.encode_seconds:.3f} s encoding, {stats.decode_seconds:.3f} s "
+        f"decoding ({stats.tokens_per_second:.1f} tokens/s)"
+    )
+    say(f"memory: {stats.peak_memory_bytes / 1e6:.0f} MB at most")
+    if verbose:
+        say(f"rounds by draft tokens committed: {stats.accept_histogram}")
+
+
+def _describe_machine() -> None:
+    import fast_blas
+    import mlx.core as mx
+
+    blas = f", BLAS {fast_blas.library}" if fast_blas.library else ""
+    say(f"MLX {mx.__version__} on {mx.default_device()}{blas}")
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    from decoder import check_options
+
+    check_options(arguments.max_tokens, arguments.num_draft, arguments.delta)
+
+    import fast_blas
+
+    if fast_blas.wanted and not fast_blas.library:
+        say(fast_blas.HINT)
+    if arguments.verbose:
+        _describe_machine()
+    pair = load_pair(arguments)
+    answer = pair.generate(
+        EXAMPLE if arguments.prompt is None else arguments.prompt,
+        max_tokens=arguments.max_tokens,
+        num_draft=arguments.num_draft,
+        delta=arguments.delta,
+    )
+    if arguments.json:
+        write_json(answer)
+    else:
+        terminal = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        write_text(answer, arguments.color and terminal)
+    if not arguments.json or arguments.verbose:
+        report(answer.stats, arguments.verbose)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, "main.py"))

@@ -1,0 +1,158 @@
+"""A target and its draft, loaded: from text to text.
+
+from pair import Pair
+
+pair = Pair.load("t5-11b", "t5-small")
+answer = pair.generate("translate English to German: Good morning.")
+for piece in answer:
+    print(piece.text, end="", flush=True)
+print(answer.stats.tokens_per_round)
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from checkpoint import locate
+from decoder import DELTA, MAX_TOKENS, NUM_DRAFT, Commit, Stats, generate
+from drafting import ModelDrafter
+from errors import InputError
+from model import T5, T5Session, load
+from text import TextStream, Tokenizer
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A bit of text, as soon as it stands.
+
+    Attributes:
+        text: characters, never part of one; all pieces joined are the text.
+        drafted: whether the token that completed it was a draft token.
+    """
+
+    text: str
+    drafted: bool
+
+
+class Generation:
+    """One prompt being answered: iterate once for the pieces; the rest fills up.
+
+    Attributes:
+        prompt: as given.
+        text: what has been yielded so far.
+        tokens: committed ids, with end-of-sequence where that was produced.
+        finish_reason: "eos" or "length" once finished, None before.
+        stats: the figures so far (:class:`decoder.Stats`).
+    """
+
+    def __init__(self, prompt: str, commits: Iterator[Commit], tokenizer: Tokenizer):
+        self.prompt = prompt
+        self.text = ""
+        self.tokens: list[int] = []
+        self.finish_reason: str | None = None
+        self.stats = Stats()
+        self._pieces = self._stream(commits, TextStream(tokenizer.decode))
+
+    def __iter__(self) -> Iterator[Piece]:
+        return self._pieces
+
+    def finish(self) -> "Generation":
+        """Decode to the end, and return this very object."""
+        for _ in self:
+            pass
+        return self
+
+    def _stream(self, commits: Iterator[Commit], stream: TextStream) -> Iterator[Piece]:
+        drafted = False
+        for commit in commits:
+            self.stats = commit.stats
+            self.finish_reason = commit.finish_reason
+            self.tokens += commit.tokens
+            for place, token in enumerate(commit.tokens):
+                drafted = place < commit.accepted
+                yield from self._piece(stream.push(token), drafted)
+        yield from self._piece(stream.finish(), drafted)
+
+    def _piece(self, text: str, drafted: bool) -> Iterator[Piece]:
+        if text:
+            self.text += text
+            yield Piece(text, drafted)
+
+
+class Pair:
+    """A target with its tokenizer, and a draft that shares its ids, or none."""
+
+    def __init__(self, target: T5, tokenizer: Tokenizer, draft: T5 | None = None):
+        """
+        Raises:
+            InputError: the draft's embedding has too few rows for the target's ids.
+        """
+        # Rows of padding beyond the tokenizer's ids are never emitted.
+        vocabulary = min(tokenizer.size, target.config.vocab_size)
+        self.tokenizer = tokenizer
+        self.target = T5Session(target, vocabulary)
+        self.drafter: ModelDrafter | None = None
+        if draft is not None:
+            if draft.config.vocab_size < vocabulary:
+                raise InputError(
+                    f"the draft has {draft.config.vocab_size} embedding rows, but the "
+                    f"target emits ids up to {vocabulary - 1}: they are no pair"
+                )
+            self.drafter = ModelDrafter(T5Session(draft, vocabulary))
+
+    @classmethod
+    def load(cls, model: str, draft_model: str | None = None) -> "Pair":
+        """Load converted models by folder or by name.
+
+        Raises:
+            InputError: a folder is missing or damaged, or the two have different
+                tokenizers.
+        """
+        folder = locate(model)
+        draft_folder = locate(draft_model) if draft_model else None
+        tokenizer = Tokenizer(folder)
+        if draft_folder:
+            _require_same_ids(folder, draft_folder, tokenizer)
+        draft = load(draft_folder) if draft_folder else None
+        return cls(load(folder), tokenizer, draft)
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        max_tokens: int = MAX_TOKENS,
+        num_draft: int = NUM_DRAFT,
+        delta: float = DELTA,
+    ) -> Generation:
+        """Answer a prompt; see :func:`decoder.generate` for the options.
+
+        The text is decoded as the result is iterated, one generation at a time.
+
+        Raises:
+            InputError: while iterating, for bad options or a prompt that is empty.
+        """
+        commits = self._commits(prompt, max_tokens, num_draft, delta)
+        return Generation(prompt, commits, self.tokenizer)
+
+    def _commits(
+        self, prompt: str, max_tokens: int, num_draft: int, delta: float
+    ) -> Iterator[Commit]:
+        if not prompt.strip():
+            raise InputError("the prompt is empty: say what to do with which text")
+        yield from generate(
+            self.target,
+            self.drafter,
+            [self.tokenizer.encode(prompt)],
+            eos_tokens=self.target.model.config.eos_tokens,
+            max_tokens=max_tokens,
+            num_draft=num_draft,
+            delta=delta,
+        )
+
+
+def _require_same_ids(target: Path, draft: Path, tokenizer: Tokenizer) -> None:
+    if not tokenizer.same_ids(Tokenizer(draft)):
+        raise InputError(
+            f"{draft} and {target} have different tokenizers: a draft has to be of the "
+            f"target's family"
+        )
