@@ -172,11 +172,11 @@ def generate(
             draft = drafter.propose(sequences, size) if drafter and size else None
             last = mx.array([sequence[-1] for sequence in sequences])
             current = _launch(target, last, draft, delta)
-        mx.async_eval(current.report)
         if drafter is None and left > 1:
             # All that the next plain round needs of this one is its token, which the
-            # device has: queue that round, or on a CPU, where a queue has no latency
-            # to hide and a round for nothing costs, only build it.
+            # device has: build it while this one runs, and queue it on a GPU. On a CPU,
+            # with no latency to hide, a last round for nothing would cost more.
+            mx.async_eval(current.report)
             ahead = _launch(target, current.next_token, None, delta)
             if mx.default_device() == mx.gpu:
                 mx.async_eval(ahead.report)
