@@ -1,0 +1,141 @@
+"""Tiny random checkpoints, saved by transformers and converted by convert.py.
+
+Left as transformers initialises them they would write one token over and over: with a
+tied head and small layers the next token is always the last one. The weights here make
+layers and position bias outweigh the embedding, so that texts vary.
+"""
+
+import json
+from pathlib import Path
+
+import fast_blas  # noqa: F401  (before mlx: see there)
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+
+import convert
+import model
+
+settings.register_profile("suite", deadline=None, derandomize=True, max_examples=40)
+settings.load_profile("suite")
+torch.set_num_threads(2)
+
+#: Ids 0 to 2 are pad, end-of-sequence and unknown.
+VOCABULARY = 96
+
+TINY = {
+    "vocab_size": VOCABULARY,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_heads": 4,
+    "num_layers": 2,
+    "num_decoder_layers": 2,
+    "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 128,
+    "dropout_rate": 0.0,
+    "decoder_start_token_id": 0,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+}
+
+#: Fields of config.json that only transformers 5 writes: the hub's files lack them.
+NEW_FIELDS = ("scale_decoder_outputs", "dense_act_fn", "is_gated_act")
+
+
+def tiny_tokenizer(size: int = VOCABULARY) -> PreTrainedTokenizerFast:
+    """A unigram tokenizer with T5's spaces and bytes for what it has no piece for."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0)]
+    words = ["▁", "▁the", "▁cat", "▁sat", "s", "a", "b", "c", "e", "t", "▁on"]
+    pieces += [(word, -2.0 - i / 10) for i, word in enumerate(words)]
+    raw = "é漢😀".encode()
+    pieces += [(f"<0x{byte:02X}>", -8.0) for byte in sorted(set(raw))]
+    pieces += [(f"▁w{i}", -6.0) for i in range(size - len(pieces))]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2, byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.ByteFallback(), decoders.Metaspace(), decoders.Fuse()]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    )
+
+
+def tiny_torch(seed: int, untied: bool = False, **fields) -> T5ForConditionalGeneration:
+    """A random T5 for transformers, the oracle."""
+    torch.manual_seed(seed)
+    oracle = T5ForConditionalGeneration(T5Config(**TINY | fields)).eval()
+    with torch.no_grad():
+        for name, weight in oracle.named_parameters():
+            if "layer_norm" in name:
+                weight.uniform_(0.5, 1.5)
+            elif "relative_attention_bias" in name:
+                weight.normal_(0, 5.0)
+            elif "shared" in name:
+                weight.normal_(0, 0.1)
+            elif name.endswith(("Attention.q.weight", "Attention.k.weight")):
+                weight.normal_(0, weight.shape[1] ** -0.5)  # T5 does not scale q @ k
+            else:
+                weight.normal_(0, 3 * weight.shape[1] ** -0.5)
+        if untied:
+            oracle.config.tie_word_embeddings = False
+            oracle.lm_head.weight = torch.nn.Parameter(
+                torch.randn_like(oracle.lm_head.weight)
+            )
+            oracle.config.scale_decoder_outputs = False
+    return oracle
+
+
+def save_checkpoint(
+    oracle: T5ForConditionalGeneration, folder: Path, untied: bool = False, **save
+) -> Path:
+    """Save as on the hub: the config as transformers 4 wrote it, and a tokenizer."""
+    oracle.save_pretrained(folder, **save)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    for field in NEW_FIELDS:
+        config.pop(field, None)
+    config["tie_word_embeddings"] = not untied
+    path.write_text(json.dumps(config))
+    tiny_tokenizer(oracle.config.vocab_size).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make(tmp_path_factory):
+    """A function that makes a tiny model: the oracle, its checkpoint, its conversion."""
+    made = {}
+
+    def build(seed: int = 8, untied: bool = False, **fields):
+        key = (seed, untied, *sorted(fields.items()))
+        if key not in made:
+            folder = tmp_path_factory.mktemp("model")
+            oracle = tiny_torch(seed, untied, **fields)
+            save_checkpoint(oracle, folder / "hf", untied)
+            convert.convert(folder / "hf", folder / "mlx")
+            made[key] = oracle, folder / "hf", folder / "mlx"
+        return made[key]
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny(make):
+    """The default tiny model, loaded: (the oracle, the MLX model)."""
+    oracle, _, folder = make()
+    return oracle, model.load(folder)
+
+
+def relative_error(ours, theirs: torch.Tensor) -> float:
+    """The largest difference, relative to the largest value of the reference."""
+    reference = theirs.detach().numpy()
+    return float(np.abs(np.array(ours) - reference).max() / np.abs(reference).max())

@@ -1,0 +1,309 @@
+"""The decoding loop: greedy speculative text is the target's own, whatever is drafted."""
+
+import contextlib
+
+import fast_blas  # noqa: F401  (before mlx: see there)
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import VOCABULARY
+from hypothesis import given
+from hypothesis import strategies as st
+from mlx.utils import tree_map
+
+import model
+from decoder import generate
+from drafting import Draft, ModelDrafter
+from errors import InputError
+
+#: Prompts that the tiny target answers with varied texts.
+PROMPTS = [[10, 11, 12, 1], [*range(24, 32), 1], [31, 32, 33, 34, 1]]
+NEVER = frozenset({-1})  # no end of sequence
+
+
+class Scripted:
+    """A drafter that answers with a function of the committed tokens."""
+
+    def __init__(self, guess, ragged=None):
+        self.guess = guess
+        self.ragged = ragged
+
+    def start(self, prompts):
+        pass
+
+    def propose(self, sequences, num_draft):
+        rows = [self.guess(sequence, num_draft) for sequence in sequences]
+        counts = self.ragged and [self.ragged(s) % (num_draft + 1) for s in sequences]
+        return Draft(mx.array(rows, mx.int32), counts)
+
+
+def perturbed(original: model.T5, amount: float, seed: int = 0) -> model.T5:
+    """The target with noise in its weights: right often, but not always."""
+    mx.random.seed(seed)
+    other = model.T5(original.config, tied="head" not in original)
+    other.update(
+        tree_map(
+            lambda w: w + amount * mx.random.normal(w.shape) * mx.std(w),
+            original.parameters(),
+        )
+    )
+    return other
+
+
+def decode(target, drafter, prompts=None, **options):
+    """The tokens, finish reasons and stats of every row."""
+    prompts = PROMPTS[:1] if prompts is None else prompts
+    options = {"eos_tokens": NEVER, "max_tokens": 24} | options
+    tokens = [[] for _ in prompts]
+    reasons, stats = [None] * len(prompts), [None] * len(prompts)
+    for commit in generate(target, drafter, prompts, **options):
+        assert reasons[commit.row] is None, "text follows the end"
+        tokens[commit.row] += commit.tokens
+        reasons[commit.row], stats[commit.row] = commit.finish_reason, commit.stats
+    return tokens, reasons, stats
+
+
+@pytest.fixture(scope="module")
+def target(tiny):
+    return model.T5Session(tiny[1])
+
+
+@pytest.fixture(scope="module")
+def plain(target):
+    """64 tokens of the target alone, without an end."""
+    return decode(target, None, max_tokens=64)[0][0]
+
+
+@pytest.fixture(scope="module")
+def drafters(tiny, make):
+    """Good but imperfect, unrelated, and those that only do harm."""
+    _, _, folder = make(seed=9, num_decoder_layers=1)
+    wide = model.load(make(seed=4, vocab_size=VOCABULARY + 40)[2])
+    narrow = model.load(make(seed=4, vocab_size=VOCABULARY - 40)[2])
+    return {
+        "good": ModelDrafter(model.T5Session(perturbed(tiny[1], 0.06))),
+        "same": ModelDrafter(model.T5Session(tiny[1])),
+        "random": ModelDrafter(model.T5Session(model.load(folder))),
+        "more ids than the target": ModelDrafter(model.T5Session(wide)),
+        "fewer ids than the target": ModelDrafter(model.T5Session(narrow)),
+        "always the end": Scripted(lambda sequence, n: [1] * n),
+        "no such id": Scripted(lambda sequence, n: ([10**6, -5] * n)[:n]),
+        "nothing, now and then": Scripted(lambda s, n: [s[-1]] * n, ragged=len),
+    }
+
+
+def test_good_draft_is_good_but_not_perfect(target, drafters):
+    """The tests below mean something: rejections happen at every index."""
+    for num_draft in (1, 2, 3, 5):
+        tokens, _, (stats,) = decode(
+            target, drafters["good"], num_draft=num_draft, max_tokens=300
+        )
+        assert 0.3 < stats.alpha < 0.9
+        assert all(stats.accept_histogram), stats.accept_histogram
+        assert tokens == decode(target, None, max_tokens=300)[0]
+
+
+NAMES = (
+    "good",
+    "same",
+    "random",
+    "more ids than the target",
+    "fewer ids than the target",
+    "always the end",
+    "no such id",
+    "nothing, now and then",
+)
+
+
+@pytest.mark.parametrize("num_draft", range(1, 11))
+@pytest.mark.parametrize("name", NAMES)
+def test_speculative_equals_plain(target, plain, drafters, name, num_draft):
+    tokens, reasons, (stats,) = decode(
+        target, drafters[name], num_draft=num_draft, max_tokens=64
+    )
+    assert tokens == [plain]
+    assert reasons == ["length"]
+    check(stats, tokens[0])
+    if name == "same":  # a hole in either cache would show as a rejection
+        assert stats.alpha == 1
+        assert stats.rounds == -(-64 // (num_draft + 1))
+
+
+def test_always_wrong(target, plain):
+    """Nothing is accepted, one token a round comes out."""
+    after = dict(enumerate(plain, start=1))  # by the committed length, start included
+
+    def wrong(sequence, n):
+        return [(after.get(len(sequence) + i, 0) + 1) % VOCABULARY for i in range(n)]
+
+    tokens, _, (stats,) = decode(target, Scripted(wrong), max_tokens=64)
+    assert tokens == [plain]
+    assert (stats.accepted, stats.rounds) == (0, 64)
+
+
+@pytest.mark.parametrize("num_draft", [0, 1, 2, 3, 5, 8])
+def test_end_of_sequence_at_every_position(target, plain, drafters, num_draft):
+    """The end as first, middle, last draft token and as the target's own: nothing
+    follows it, and it is the last token counted."""
+    ends = [plain.index(token) for token in set(plain)]
+    assert {end % (num_draft + 1) for end in ends} == set(range(num_draft + 1))
+    for name in ("same", "good"):
+        for end in ends:
+            tokens, reasons, (stats,) = decode(
+                target,
+                drafters[name],
+                num_draft=num_draft,
+                eos_tokens={plain[end], -7},
+                max_tokens=end + 6,
+            )
+            assert (tokens, reasons) == ([plain[: end + 1]], ["eos"])
+            check(stats, tokens[0])
+
+
+@pytest.mark.parametrize("max_tokens", range(1, 13))
+def test_budget(target, plain, drafters, max_tokens):
+    for name in ("same", "good", "always the end"):
+        for num_draft in (0, 1, 2, 5, 10):
+            tokens, reasons, (stats,) = decode(
+                target, drafters[name], num_draft=num_draft, max_tokens=max_tokens
+            )
+            assert (tokens, reasons) == ([plain[:max_tokens]], ["length"])
+            check(stats, tokens[0])
+            # A draft longer than what may be committed would be for nothing.
+            assert stats.drafted <= max(max_tokens - 1, 0) * stats.rounds
+
+
+def test_end_of_sequence_on_the_last_token_of_the_budget(target, plain):
+    """Both are true; the text is complete, so it is the end that counts."""
+    first = plain.index(plain[4])
+    _, reasons, _ = decode(target, None, eos_tokens={plain[4]}, max_tokens=first + 1)
+    assert reasons == ["eos"]
+
+
+def check(stats, tokens: list[int]) -> None:
+    """What must hold of any finished row's figures."""
+    histogram = stats.accept_histogram
+    assert stats.new_tokens == len(tokens)
+    assert sum(histogram) == stats.rounds
+    assert sum(i * count for i, count in enumerate(histogram)) == stats.accepted
+    assert stats.accepted <= stats.tested <= stats.drafted
+    # Every round adds the target's own token, but the last may end inside its draft.
+    assert stats.new_tokens - stats.accepted in (stats.rounds, stats.rounds - 1)
+    assert stats.alpha is None or stats.alpha == stats.accepted / stats.tested
+    assert 0 < stats.decode_seconds < 60
+    assert stats.peak_memory_bytes > 0
+
+
+@given(st.data())
+def test_batch_rows_equal_themselves_alone(tiny, target, drafters, data):
+    """Rows end at different times and stand at different lengths; none disturbs another,
+    and idle ones stay silent."""
+    name = data.draw(st.sampled_from(NAMES))
+    options = {
+        "num_draft": data.draw(st.integers(0, 6)),
+        "max_tokens": data.draw(st.integers(1, 40)),
+        "eos_tokens": frozenset(data.draw(st.lists(st.integers(1, 95), max_size=12))),
+    }
+    size = data.draw(st.integers(1, 3))
+    tokens, reasons, _ = decode(target, drafters[name], PROMPTS[:size], **options)
+    for row in range(size):
+        alone = decode(target, None, [PROMPTS[row]], **options | {"num_draft": 0})
+        assert tokens[row] == alone[0][0]
+        assert reasons[row] == alone[1][0]
+
+
+@given(st.data())
+def test_drafter_needs_no_feedback(tiny, data):
+    """Whatever was committed since, a proposal is what a fresh drafter would propose.
+
+    Covers rounds that somebody else drafted, rounds without a draft, rejections at any
+    index, full acceptance, rows at different lengths, and restarts.
+    """
+    used = ModelDrafter(model.T5Session(tiny[1]))
+    used.start(PROMPTS)
+    token = st.integers(2, VOCABULARY - 1)
+    sequences = [[0] for _ in PROMPTS]
+    for _ in range(data.draw(st.integers(1, 4))):
+        num_draft = data.draw(st.integers(1, 5))
+        got = np.array(used.propose(sequences, num_draft).tokens)
+        fresh = ModelDrafter(model.T5Session(tiny[1]))
+        fresh.start(PROMPTS)
+        expected = np.array(fresh.propose(sequences, num_draft).tokens)
+        np.testing.assert_array_equal(got, expected)
+        for row, sequence in enumerate(sequences):
+            kept = data.draw(st.integers(0, num_draft))
+            sequence += got[row, :kept].tolist()
+            sequence += data.draw(st.lists(token, min_size=1, max_size=7))
+
+
+def test_delta_one_takes_every_draft_token(target, drafters):
+    tokens, _, (stats,) = decode(
+        target, drafters["random"], num_draft=3, delta=1.0, max_tokens=41
+    )
+    assert stats.alpha == 1
+    assert len(tokens[0]) == 41
+    # Ids that do not exist are not taken even then.
+    tokens, _, _ = decode(target, drafters["no such id"], delta=1.0)
+    assert tokens == decode(target, None)[0]
+
+
+def test_delta_raises_acceptance(target, drafters):
+    """More of the draft stands the larger delta is; at 0 the text is the target's."""
+    alphas = [
+        decode(target, drafters["good"], delta=delta, max_tokens=300)[2][0].alpha
+        for delta in (0.0, 0.05, 0.2, 1.0)
+    ]
+    assert alphas == sorted(alphas)
+    assert alphas[0] < alphas[2] < alphas[3] == 1
+
+
+def test_closing_early_leaves_a_session_that_works(target, plain, drafters):
+    """Ctrl-C between rounds, then another prompt on the same models."""
+    for drafter in (drafters["good"], None):
+        with contextlib.closing(
+            generate(target, drafter, PROMPTS[:1], eos_tokens=NEVER)
+        ) as commits:
+            next(commits)
+        assert decode(target, drafter, max_tokens=64)[0] == [plain]
+
+
+def test_long_text_outgrows_the_caches(target, drafters):
+    """The caches double at 64, 128, 256 positions, in the middle of rounds."""
+    options = {"max_tokens": 300, "prompts": PROMPTS}
+    assert (
+        decode(target, drafters["good"], **options)[0]
+        == decode(target, None, **options)[0]
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_draft": -1},
+        {"max_tokens": 0},
+        {"delta": -0.1},
+        {"delta": 1.1},
+        {"delta": float("nan")},
+    ],
+    ids=str,
+)
+def test_options_out_of_range(target, drafters, options):
+    with pytest.raises(InputError, match=next(iter(options)).replace("_", "-")):
+        decode(target, drafters["good"], **options)
+
+
+@pytest.mark.parametrize("num_draft", [0, 3])
+def test_broken_weights_are_named(tiny, drafters, num_draft):
+    """NaN logits would otherwise be decoded into text without an error."""
+    broken = perturbed(tiny[1], 0.0)
+    broken.decoder.layers[0].feed_forward.wo.weight *= float("nan")
+    with pytest.raises(InputError, match="not finite"):
+        decode(model.T5Session(broken), drafters["good"], num_draft=num_draft)
+
+
+def test_broken_draft_cannot_harm(tiny, target, plain):
+    """A draft full of NaN proposes nonsense, and nonsense is refused."""
+    broken = perturbed(tiny[1], 0.0)
+    broken.decoder.layers[0].feed_forward.wo.weight *= float("nan")
+    drafter = ModelDrafter(model.T5Session(broken))
+    assert decode(target, drafter, max_tokens=64)[0] == [plain]

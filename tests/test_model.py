@@ -1,0 +1,224 @@
+"""model.py against transformers in float32."""
+
+import fast_blas  # noqa: F401  (before mlx: see there)
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+from conftest import VOCABULARY, relative_error
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import DynamicCache, EncoderDecoderCache
+from transformers.models.t5.modeling_t5 import T5Attention
+
+import model
+from errors import InputError
+
+TOLERANCE = 1e-4
+
+#: The seeds are of models that write varied texts.
+FAMILIES = {
+    "t5 1.0": {"seed": 8},
+    "t5 1.1": {"seed": 3, "untied": True, "feed_forward_proj": "gated-gelu"},
+    "more decoder layers": {"seed": 9, "num_layers": 1, "num_decoder_layers": 3},
+    "more encoder layers": {"seed": 12, "num_layers": 3, "num_decoder_layers": 1},
+    "heads wider than the model": {"seed": 9, "num_heads": 6, "d_kv": 16},
+    "another start token": {"seed": 9, "decoder_start_token_id": 7},
+    "short position range": {
+        "seed": 22,
+        "relative_attention_num_buckets": 8,
+        "relative_attention_max_distance": 20,
+    },
+}
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    generator = np.random.default_rng(seed)
+    return [*generator.integers(3, VOCABULARY, length - 1).tolist(), 1]
+
+
+@pytest.fixture(params=FAMILIES, ids=lambda name: name.replace(" ", "-"))
+def family(request, make):
+    oracle, _, folder = make(**FAMILIES[request.param])
+    return oracle, model.load(folder)
+
+
+@pytest.mark.parametrize("length", [1, 2, 9, 300])
+def test_encoder_output(family, length):
+    """The bias table, its direction and the norms; 300 is beyond max_distance."""
+    oracle, ours = family
+    prompt = prompt_of(length)
+    theirs = oracle.encoder(torch.tensor([prompt])).last_hidden_state
+    assert relative_error(ours.encode(mx.array([prompt])), theirs) < TOLERANCE
+
+
+@pytest.mark.parametrize("steps", [[1] * 6, [5, 1], [3, 40, 130]])
+def test_decoder_logits(family, steps):
+    """Scale, head, gate, cross-attention, and blocks of several rows at an offset.
+
+    The last one goes beyond max_distance, and makes the caches grow.
+    """
+    oracle, ours = family
+    prompt, tokens = prompt_of(11), prompt_of(sum(steps), seed=1)
+    with torch.no_grad():
+        theirs = oracle(
+            input_ids=torch.tensor([prompt]), decoder_input_ids=torch.tensor([tokens])
+        ).logits
+    session = model.T5Session(ours)
+    session.start([prompt])
+    logits, at = [], 0
+    for step in steps:
+        logits.append(session.extend(mx.array([tokens[at : at + step]])))
+        at += step
+    assert relative_error(mx.concatenate(logits, axis=1), theirs) < TOLERANCE
+
+
+def test_greedy_equals_generate(family):
+    """Token for token over a whole text, from each family's own start token."""
+    oracle, ours = family
+    prompt = prompt_of(9, seed=2)
+    theirs = oracle.generate(
+        torch.tensor([prompt]),
+        max_new_tokens=40,
+        eos_token_id=None,
+        do_sample=False,
+        # transformers sizes its own cache by the encoder's layers.
+        past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()),
+    )[0].tolist()
+    session = model.T5Session(ours)
+    (sequence,) = session.start([prompt])
+    while len(sequence) < len(theirs):
+        sequence.append(mx.argmax(session.extend(mx.array([sequence[-1:]]))).item())
+    assert sequence == theirs
+    assert len(set(sequence)) > 10  # a text that repeats itself would show little
+
+
+def test_scale_is_taken_from_either_config():
+    """transformers 5 writes tie_word_embeddings true whatever it was."""
+    scales = model._scales_outputs
+    assert scales({"model_type": "t5"})
+    assert not scales({"model_type": "t5", "tie_word_embeddings": False})
+    new = {"model_type": "t5", "tie_word_embeddings": True}
+    assert not scales(new | {"scale_decoder_outputs": False})
+    assert not scales({"model_type": "mt5", "tie_word_embeddings": True})
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+@pytest.mark.parametrize("buckets, furthest", [(32, 128), (8, 20), (64, 256), (32, 64)])
+def test_position_buckets(bidirectional, buckets, furthest):
+    """Every distance, those on a logarithmic bucket's edge above all."""
+    distances = np.arange(-3000, 3001)
+    theirs = T5Attention._relative_position_bucket(
+        torch.tensor(distances), bidirectional, buckets, furthest
+    )
+    ours = model.position_buckets(distances, bidirectional, buckets, furthest)
+    np.testing.assert_array_equal(ours, theirs.numpy())
+
+
+def test_ragged_batch_equals_its_rows(tiny):
+    """Padding is unseen by the encoder and by cross-attention, at any row length."""
+    _, ours = tiny
+    prompts = [prompt_of(length, seed=length) for length in (3, 17, 9)]
+    tokens = [prompt_of(6, seed=20 + row) for row in range(3)]
+    batch = model.T5Session(ours)
+    batch.start(prompts)
+    together = batch.extend(mx.array(tokens))
+    for row in range(3):
+        alone = model.T5Session(ours)
+        alone.start([prompts[row]])
+        logits = alone.extend(mx.array([tokens[row]]))
+        error = mx.abs(together[row] - logits[0]).max() / mx.abs(logits).max()
+        assert error.item() < TOLERANCE
+
+
+@given(st.data())
+def test_rewinds_leave_no_trace(tiny, data):
+    """Any order of extends and per-row rewinds equals a fresh pass over what is left."""
+    _, ours = tiny
+    rows = data.draw(st.integers(1, 3))
+    prompts = [prompt_of(4 + row, seed=row) for row in range(rows)]
+    session = model.T5Session(ours)
+    kept = [[] for _ in session.start(prompts)]
+    for _ in range(data.draw(st.integers(1, 5))):
+        size = data.draw(st.sampled_from([1, 2, 5, 40]))
+        block = [prompt_of(size, data.draw(st.integers(0, 99))) for _ in kept]
+        logits = session.extend(mx.array(block))
+        kept = [old + new for old, new in zip(kept, block, strict=True)]
+        for row, tokens in enumerate(kept):
+            fresh = model.T5Session(ours)
+            fresh.start([prompts[row]])
+            expected = fresh.extend(mx.array([tokens]))[0, -size:]
+            error = mx.abs(logits[row] - expected).max() / mx.abs(expected).max()
+            assert error.item() < TOLERANCE
+        lengths = [data.draw(st.integers(0, len(tokens))) for tokens in kept]
+        session.rewind(lengths)
+        kept = [tokens[:n] for tokens, n in zip(kept, lengths, strict=True)]
+
+
+def test_rewind_never_goes_forward(tiny):
+    """A stale length must not bring rejected keys back."""
+    session = model.T5Session(tiny[1])
+    session.start([prompt_of(4)])
+    session.extend(mx.array([[0, 5, 6]]))
+    session.rewind([2])
+    with pytest.raises(ValueError, match="rewind"):
+        session.rewind([3])
+    with pytest.raises(ValueError, match="rewind"):
+        session.rewind([1, 1])
+
+
+def test_start_resets_everything(tiny):
+    """A second prompt sees nothing of the first, longer one."""
+    session = model.T5Session(tiny[1])
+    session.start([prompt_of(30)])
+    session.extend(mx.array([prompt_of(90)]))
+    session.start([prompt_of(5)])
+    again = session.extend(mx.array([[0, 8]]))
+    fresh = model.T5Session(tiny[1])
+    fresh.start([prompt_of(5)])
+    assert mx.array_equal(again, fresh.extend(mx.array([[0, 8]])))
+
+
+def test_logits_are_cut_to_the_vocabulary(tiny):
+    """Padding rows of the embedding stand for no token."""
+    session = model.T5Session(tiny[1], vocabulary=50)
+    session.start([prompt_of(5)])
+    assert session.extend(mx.array([[0, 8]])).shape == (1, 2, 50)
+
+
+@pytest.mark.parametrize("prompt", [[], [VOCABULARY], [5, -1]])
+def test_prompts_that_cannot_be_encoded(tiny, prompt):
+    """An id without an embedding row would read beyond the matrix."""
+    with pytest.raises(InputError):
+        model.T5Session(tiny[1]).start([[3, 4, 1], prompt])
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("model_type", "bart", "bart"),
+        ("feed_forward_proj", "gated-sparkle", "gated-sparkle"),
+        ("d_model", "wide", "odd value"),
+        ("num_heads", 0, "below 1"),
+        ("vocab_size", None, "odd value"),
+    ],
+)
+def test_configs_that_are_refused(tiny, field, value, message):
+    config = tiny[0].config.to_dict() | {field: value}
+    with pytest.raises(InputError, match=message):
+        model.T5Config.from_dict(config, {})
+
+
+def test_config_without_a_size(tiny):
+    config = tiny[0].config.to_dict()
+    del config["d_ff"]
+    with pytest.raises(InputError, match="no d_ff"):
+        model.T5Config.from_dict(config, {})
+
+
+def test_several_ends_of_sequence(tiny):
+    """The generation config's ids win, and there may be several."""
+    config = tiny[0].config.to_dict()
+    assert model.T5Config.from_dict(config, {}).eos_tokens == {1}
+    both = model.T5Config.from_dict(config, {"eos_token_id": [1, 5]})
+    assert both.eos_tokens == {1, 5}
