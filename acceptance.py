@@ -5,10 +5,11 @@ Leviathan, Kalman, Matias: "Fast Inference from Transformers via Speculative Dec
 arXiv 2211.17192.
 """
 
+import fast_blas  # noqa: F401  (before mlx: see there)
+
 import math
 from typing import NamedTuple
 
-import fast_blas  # noqa: F401  (before mlx: see there)
 import mlx.core as mx
 
 

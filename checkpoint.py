@@ -6,6 +6,8 @@ So ``mx.load`` opens it, and :class:`MappedWeights` copies every tensor once, st
 from the file's pages.
 """
 
+import fast_blas  # noqa: F401  (before mlx: see there)
+
 import json
 import math
 import mmap
@@ -18,7 +20,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-import fast_blas  # noqa: F401  (before mlx: see there)
 from errors import InputError
 
 WEIGHTS = "weights.npz"
@@ -139,7 +140,7 @@ class MappedWeights:
             with path.open("rb") as file:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
                 self._views = _map_members(file, mapped)
-        except (OSError, ValueError, zipfile.BadZipFile, struct.error) as error:
+        except Exception as error:  # damaged bytes make the parsers raise anything
             raise InputError(
                 f"{path} is damaged or not an npz ({error}): convert the model again"
             ) from None

@@ -81,31 +81,41 @@ def open_checkpoint(folder: Path) -> dict[str, Tensor]:
 
 def _open_safetensors(path: Path) -> dict[str, Tensor]:
     """Map the tensors of one file: 8 bytes of header size, a JSON header, the data."""
-    import numpy as np
-
-    numpy_dtypes = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
     try:
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         (size,) = struct.unpack_from("<Q", mapped)
         header = json.loads(mapped[8 : 8 + size])
         header.pop("__metadata__", None)
-        tensors = {}
-        for name, entry in header.items():
-            dtype, shape = entry["dtype"], tuple(entry["shape"])
-            begin, end = entry["data_offsets"]
-            if dtype not in numpy_dtypes:
-                raise InputError(f"{path}: {name} has the dtype {dtype}, not a float")
-            width = np.dtype(numpy_dtypes[dtype]).itemsize
-            if end - begin != math.prod(shape) * width:
-                raise ValueError(f"{name} has not the size that its shape says")
-            bits = np.ndarray(shape, numpy_dtypes[dtype], mapped, 8 + size + begin)
-            tensors[name] = Tensor(name, dtype, shape, bits)
+        return {
+            name: _map_tensor(mapped, 8 + size, name, entry)
+            for name, entry in header.items()
+        }
     except FileNotFoundError:
         raise InputError(f"{path} is missing: the checkpoint is incomplete") from None
-    except (OSError, ValueError, TypeError, KeyError, struct.error) as error:
+    except InputError:
+        raise
+    except Exception as error:  # damaged bytes make the parsers raise anything
         raise InputError(f"{path} is damaged ({error}): fetch it again") from None
-    return tensors
+
+
+def _map_tensor(
+    mapped: mmap.mmap, start: int, name: str, entry: Mapping[str, Any]
+) -> Tensor:
+    """The tensor that a safetensors header's ``entry`` describes, data at ``start``."""
+    import numpy as np
+
+    dtypes = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+    if entry["dtype"] not in dtypes:
+        raise InputError(
+            f"{name} has the dtype {entry['dtype']}, not a float to convert"
+        )
+    dtype, shape = np.dtype(dtypes[entry["dtype"]]), tuple(entry["shape"])
+    begin, end = entry["data_offsets"]
+    if begin < 0 or end - begin != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{name} has not the size that its shape says")
+    bits = np.ndarray(shape, dtype, mapped, start + begin)
+    return Tensor(name, entry["dtype"], shape, bits)
 
 
 def recipe(config: Any, tied: bool) -> dict[str, list[str]]:
@@ -280,18 +290,25 @@ def _require_space(folder: Path, steps: Mapping[str, list[Tensor]], dtype: str) 
 
 def _write_weights(path: Path, steps: Mapping[str, list[Tensor]], dtype: str) -> None:
     import mlx.core as mx
+
     from checkpoint import WeightsWriter
-    from tqdm import tqdm
 
     total = sum(part.bits.nbytes for parts in steps.values() for part in parts)
     with (
         WeightsWriter(path) as writer,
-        tqdm(total=total, unit="B", unit_scale=True, desc="weights") as progress,
+        _progress(total) as progress,
     ):
         for name, parts in steps.items():
             read = [part.read().astype(getattr(mx, dtype)) for part in parts]
             writer.write(name, mx.concatenate(read) if len(read) > 1 else read[0])
             progress.update(sum(part.bits.nbytes for part in parts))
+
+
+def _progress(total: int) -> Any:
+    """A progress bar over bytes, with rate and time left; none in a log file."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit="B", unit_scale=True, desc="weights", disable=None)
 
 
 def save_tokenizer(source: Path, folder: Path) -> None:

@@ -10,16 +10,17 @@ own. The host waits for the device once per round.
       d1 and d2 stand, d3 does not  ->  commit d1 d2 and the target's token after d2
 """
 
+import fast_blas  # noqa: F401  (before mlx: see there)
+
 import time
 from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 
-import fast_blas  # noqa: F401  (before mlx: see there)
-import mlx.core as mx
 from acceptance import verify_greedy
 from drafting import Draft, Drafter, Session
 from errors import InputError
@@ -174,8 +175,8 @@ def generate(
             current = _launch(target, last, draft, delta)
         if drafter is None and left > 1:
             # All that the next plain round needs of this one is its token, which the
-            # device has: build it while this one runs, and queue it on a GPU. On a CPU,
-            # with no latency to hide, a last round for nothing would cost more.
+            # device has: build it while this one runs, and on a GPU queue it as well.
+            # On a CPU, with no latency to hide, a last round in vain would cost more.
             mx.async_eval(current.report)
             ahead = _launch(target, current.next_token, None, delta)
             if mx.default_device() == mx.gpu:
@@ -258,7 +259,7 @@ class _Row:
     def commit(self, draft: list[int], accepted: int, next_token: int) -> Commit:
         """Take what stands of ``draft`` and the target's ``next_token``, up to the end.
 
-        The end is the first end-of-sequence, wherever it is in the block, or the budget.
+        The end is the first end-of-sequence, anywhere in the block, or the budget.
         """
         block = [*draft[:accepted], next_token][: self.left]
         end = next((i for i, t in enumerate(block) if t in self._eos_tokens), None)

@@ -6,13 +6,13 @@ that a fully accepted round, a rejection, a round that somebody else drafted and
 without a draft are all the same case.
 """
 
+import fast_blas  # noqa: F401  (before mlx: see there)
+
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-
-import fast_blas  # noqa: F401  (before mlx: see there)
 import mlx.core as mx
+import numpy as np
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Drafter(Protocol):
         """Prepare for a batch of prompts (B lists of token ids)."""
 
     def propose(self, sequences: list[list[int]], num_draft: int) -> Draft:
-        """Guess the next ``num_draft`` tokens of each row, without waiting for the device.
+        """Guess the next ``num_draft`` tokens of each row; never wait for the device.
 
         Args:
             sequences: for each row the committed tokens, with those it started from.
@@ -136,7 +136,7 @@ def _greedy(logits: mx.array) -> mx.array:
 def _begin(token: mx.array) -> None:
     """Let a GPU start on this step while the next one's graph is being built.
 
-    A CPU's cores are busy with the graph already: there it would cost more than it hides.
+    A CPU's cores are busy building: there it would cost more than it hides.
     """
     if mx.default_device() == mx.gpu:
         mx.async_eval(token)

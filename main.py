@@ -64,8 +64,8 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
         type=float,
         metavar="D",
         default=DELTA,
-        help="relaxed acceptance, from 0, exactly the target's text, to 1, whatever the "
-        "draft proposes (default: %(default)s)",
+        help="relaxed acceptance: 0 is exactly the target's text, 1 whatever the draft "
+        "proposes (default: %(default)s)",
     )
     add("--regular-decode", action="store_true", help="decode with the target alone")
     add("--color", action="store_true", help="show the draft's tokens in green")
@@ -120,11 +120,11 @@ def _fitting_draft(model: str) -> str:
     from checkpoint import MODELS, WEIGHTS, locate
     from text import Tokenizer
 
-    folder = MODELS / "t5-small"
+    target, folder = locate(model), MODELS / "t5-small"
     if not (folder / WEIGHTS).is_file():
         say("no draft model: decoding with the target alone (see --draft-model)")
         return NO_DRAFT
-    if not Tokenizer(locate(model)).same_ids(Tokenizer(folder)):
+    if not Tokenizer(target).same_ids(Tokenizer(folder)):
         say("t5-small is no draft for this tokenizer: decoding with the target alone")
         return NO_DRAFT
     say("drafting with t5-small")
@@ -132,20 +132,27 @@ def _fitting_draft(model: str) -> str:
 
 
 def write_text(answer: "Generation", color: bool) -> None:
-    """Stream the text to stdout, the draft's tokens in green if ``color``."""
-    green = False
+    """Stream the text to stdout, the draft's tokens in green if ``color``.
+
+    Interrupted, what is out stays, on a line of its own.
+    """
+    green = started = False
     try:
         for piece in answer:
             if color and piece.drafted != green:
                 green = piece.drafted
                 print(_DRAFTED if green else _RESET, end="")
             print(piece.text, end="", flush=True)
-    finally:
-        print(_RESET if green else "", flush=True)
+            started = True
+    except BaseException:
+        if started:
+            print(_RESET if green else "", flush=True)
+        raise
+    print(_RESET if green else "", flush=True)
 
 
 def write_json(answer: "Generation") -> None:
-    """One object on stdout: the prompt, the text, its ids, why it ended, the figures."""
+    """One object on stdout, with the keys that the README lists."""
     answer.finish()
     value = {
         "prompt": answer.prompt,
@@ -178,6 +185,7 @@ def report(stats: "Stats", verbose: bool) -> None:
 
 def _describe_machine() -> None:
     import fast_blas
+
     import mlx.core as mx
 
     blas = f", BLAS {fast_blas.library}" if fast_blas.library else ""

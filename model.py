@@ -1,14 +1,16 @@
 """T5 in MLX: stateless weights, and the session that holds one batch's decoding state.
 
 The architecture is that of Raffel et al., "Exploring the Limits of Transfer Learning
-with a Unified Text-to-Text Transformer" (arXiv 1910.10683), and of T5 1.1; the reference
-behaviour is Hugging Face transformers'. Its particulars: RMS norms before every block,
-attention without a scale, and a position bias added to the attention logits that
-depends on the distance alone and is shared by a stack's layers.
+with a Unified Text-to-Text Transformer" (arXiv 1910.10683), and of T5 1.1; the
+reference behaviour is that of Hugging Face transformers. Its particulars: RMS norms
+before every block, attention without a scale, and a position bias added to the
+attention logits that depends on the distance alone and is shared by a stack's layers.
 
 Shapes: B = batch, T = new decoder positions, S = source length, C = cache capacity,
 H = heads, D = head size, V = vocabulary.
 """
+
+import fast_blas  # noqa: F401  (before mlx: see there)
 
 import math
 from collections.abc import Mapping
@@ -21,7 +23,6 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-import fast_blas  # noqa: F401  (before mlx: see there)
 from checkpoint import CONFIG, GENERATION_CONFIG, WEIGHTS, MappedWeights, read_json
 from errors import InputError
 
@@ -110,9 +111,9 @@ class T5Config:
 def _scales_outputs(config: Mapping[str, Any]) -> bool:
     """Whether the decoder's output is multiplied by d_model^-0.5 before the head.
 
-    T5 1.0 does, T5 1.1 and mT5 do not. transformers 5 says so in a field of its own, and
-    then writes ``tie_word_embeddings: true`` whatever it was; before, T5 1.0 was told
-    from 1.1 by that field.
+    T5 1.0 does, T5 1.1 and mT5 do not. transformers 5 says so in a field of its own,
+    and then writes ``tie_word_embeddings: true`` whatever it was; before, T5 1.0 was
+    told from 1.1 by that field.
     """
     if config["model_type"] != "t5":
         return False
@@ -157,7 +158,7 @@ def position_buckets(
 class PositionBias(nn.Module):
     """The relative position bias of one stack: a learned value per head and bucket.
 
-    A plain weight rather than an ``nn.Embedding``, so that quantizing a model leaves it.
+    A plain weight rather than an ``nn.Embedding``: quantizing a model leaves it alone.
     """
 
     def __init__(self, config: T5Config, bidirectional: bool):
@@ -278,7 +279,7 @@ class T5(nn.Module):
     """The weights, and the two forward passes over them; it keeps no state."""
 
     def __init__(self, config: T5Config, tied: bool):
-        """``tied``: the output head is the embedding (T5 1.0), not a matrix of its own."""
+        """``tied``: the output head is the embedding (T5 1.0), no matrix of its own."""
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
@@ -505,7 +506,7 @@ def load(folder: Path) -> T5:
     model = T5(config, tied="head.weight" not in stored)
     weights = stored.load(parameter_shapes(model))
     if mx.default_device() == mx.cpu:
-        # MLX would have g++ compile each fused kernel, for seconds, to gain microseconds.
+        # MLX would have g++ compile each fused kernel, for seconds, and gain little.
         mx.disable_compile()
         weights = {name: value.astype(mx.float32) for name, value in weights.items()}
     model.load_weights(list(weights.items()))

@@ -79,9 +79,14 @@ def load_with_transformers(folder: Path) -> Any:
 
     logging.set_verbosity_error()
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise InputError(f"{folder} has no tokenizer that loads: {error}") from None
+    # Without its files transformers makes up an empty one; ByT5's has none to miss.
+    files = tokenizer.vocab_files_names.values()
+    if files and not any((folder / file).is_file() for file in files):
+        raise InputError(f"{folder} has no tokenizer: none of {', '.join(files)}")
+    return tokenizer
 
 
 class TextStream:

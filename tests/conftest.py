@@ -5,10 +5,11 @@ tied head and small layers the next token is always the last one. The weights he
 layers and position bias outweigh the embedding, so that texts vary.
 """
 
+import fast_blas  # noqa: F401  (before mlx: see there)
+
 import json
 from pathlib import Path
 
-import fast_blas  # noqa: F401  (before mlx: see there)
 import numpy as np
 import pytest
 import torch
@@ -70,8 +71,13 @@ def tiny_tokenizer(size: int = VOCABULARY) -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_torch(seed: int, untied: bool = False, **fields) -> T5ForConditionalGeneration:
-    """A random T5 for transformers, the oracle."""
+def tiny_torch(
+    seed: int, untied: bool = False, noise: float = 0.0, **fields
+) -> T5ForConditionalGeneration:
+    """A random T5 for transformers, the oracle.
+
+    With some ``noise`` in its weights it is a draft for the same seed without.
+    """
     torch.manual_seed(seed)
     oracle = T5ForConditionalGeneration(T5Config(**TINY | fields)).eval()
     with torch.no_grad():
@@ -88,10 +94,11 @@ def tiny_torch(seed: int, untied: bool = False, **fields) -> T5ForConditionalGen
                 weight.normal_(0, 3 * weight.shape[1] ** -0.5)
         if untied:
             oracle.config.tie_word_embeddings = False
-            oracle.lm_head.weight = torch.nn.Parameter(
-                torch.randn_like(oracle.lm_head.weight)
-            )
             oracle.config.scale_decoder_outputs = False
+            head = torch.randn_like(oracle.lm_head.weight)
+            oracle.lm_head.weight = torch.nn.Parameter(head)
+        for weight in oracle.parameters():
+            weight += noise * weight.std() * torch.randn_like(weight)
     return oracle
 
 
@@ -112,7 +119,7 @@ def save_checkpoint(
 
 @pytest.fixture(scope="session")
 def make(tmp_path_factory):
-    """A function that makes a tiny model: the oracle, its checkpoint, its conversion."""
+    """A function that makes a tiny model: (oracle, its checkpoint, its conversion)."""
     made = {}
 
     def build(seed: int = 8, untied: bool = False, **fields):

@@ -1,8 +1,9 @@
 """acceptance.py against the rule written out in plain Python."""
 
+import fast_blas  # noqa: F401  (before mlx: see there)
+
 import math
 
-import fast_blas  # noqa: F401  (before mlx: see there)
 import mlx.core as mx
 import numpy as np
 import pytest

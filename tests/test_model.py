@@ -1,6 +1,7 @@
 """model.py against transformers in float32."""
 
 import fast_blas  # noqa: F401  (before mlx: see there)
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -133,7 +134,7 @@ def test_ragged_batch_equals_its_rows(tiny):
 
 @given(st.data())
 def test_rewinds_leave_no_trace(tiny, data):
-    """Any order of extends and per-row rewinds equals a fresh pass over what is left."""
+    """Any order of extends and per-row rewinds equals a fresh pass over what stays."""
     _, ours = tiny
     rows = data.draw(st.integers(1, 3))
     prompts = [prompt_of(4 + row, seed=row) for row in range(rows)]

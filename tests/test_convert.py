@@ -1,0 +1,294 @@
+"""convert.py and checkpoint.py: what is written, what is refused, what remains."""
+
+import fast_blas  # noqa: F401  (before mlx: see there)
+
+import json
+import shutil
+import zipfile
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+from conftest import save_checkpoint, tiny_torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import convert
+import model
+from checkpoint import WEIGHTS, MappedWeights, WeightsWriter
+from errors import InputError
+
+
+@pytest.fixture
+def source(make, tmp_path):
+    """A copy of a tiny Hugging Face checkpoint, to be damaged."""
+    return shutil.copytree(make()[1], tmp_path / "hf")
+
+
+def tensors_of(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def rewrite(folder, tensors):
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def edit(path, **fields):
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_mlx_opens_it_too(make):
+    """The npz is an ordinary one: mx.load and our mapping give the same tensors."""
+    _, _, folder = make()
+    theirs = mx.load(str(folder / WEIGHTS))
+    stored = MappedWeights(folder / WEIGHTS)
+    ours = stored.load({name: value.shape for name, value in theirs.items()})
+    assert ours.keys() == theirs.keys()
+    assert all(mx.array_equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16, mx.uint32])
+def test_tensors_come_back(tmp_path, dtype):
+    """Bits intact, in both readers, and every member's data aligned to 64 bytes."""
+    tensors = {
+        "a": mx.arange(6).astype(dtype).reshape(2, 3),
+        "a.much.longer.name": mx.array(3).astype(dtype),
+        "empty": mx.zeros((0, 4), dtype),
+        "turned": mx.arange(20).reshape(4, 5).T.astype(dtype),
+    }
+    path = tmp_path / WEIGHTS
+    with WeightsWriter(path) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    for read in (MappedWeights(path).load(shapes), mx.load(str(path))):
+        for name, tensor in tensors.items():
+            assert read[name].dtype == dtype
+            assert mx.array_equal(read[name], tensor)
+    for view in MappedWeights(path)._views.values():
+        start = np.frombuffer(view.base, np.uint8).ctypes.data
+        assert view.size == 0 or (view.ctypes.data - start) % 64 == 0
+
+
+@pytest.mark.parametrize("writer", [mx, np], ids=["mlx", "numpy"])
+def test_other_npz_files_load(tmp_path, writer):
+    """MLX saves transposed arrays in Fortran order, and at odd offsets."""
+    array = np.arange(12, dtype=np.float32).reshape(3, 4)
+    path = tmp_path / WEIGHTS
+    turned = writer.array(array.T.copy()).T
+    writer.savez(str(path), x=writer.array(array), turned=turned)
+    read = MappedWeights(path).load({"x": (3, 4), "turned": (3, 4)})
+    assert np.array_equal(read["x"], array)
+    assert np.array_equal(read["turned"], array)
+
+
+def test_same_bytes_from_shards(make, tmp_path):
+    """Sharded or not, the conversion is the same to the byte."""
+    oracle, _, whole = make()
+    save_checkpoint(oracle, tmp_path / "hf", max_shard_size="20KB")
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 2
+    convert.convert(tmp_path / "hf", tmp_path / "mlx")
+    assert (tmp_path / "mlx" / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float32"])
+def test_dtypes(tmp_path, stored, dtype):
+    """bfloat16 stays, float16 becomes float32, a wish is granted; rounded once."""
+    oracle = tiny_torch(0).to(stored)
+    save_checkpoint(oracle, tmp_path / "hf")
+    convert.convert(tmp_path / "hf", tmp_path / "mlx", dtype)
+    half = dtype == "bfloat16" or (dtype == "auto" and stored == torch.bfloat16)
+    value = mx.load(str(tmp_path / "mlx" / WEIGHTS))["embedding.weight"]
+    assert value.dtype == (mx.bfloat16 if half else mx.float32)
+    expected = oracle.shared.weight.detach().to(torch.bfloat16 if half else stored)
+    assert np.array_equal(value.astype(mx.float32), expected.float().numpy())
+
+
+def test_a_billion_parameters_become_bfloat16(monkeypatch, source, tmp_path, capsys):
+    monkeypatch.setattr(convert, "BILLION", 100)
+    convert.convert(source, tmp_path / "mlx")
+    value = mx.load(str(tmp_path / "mlx" / WEIGHTS))["embedding.weight"]
+    assert value.dtype == mx.bfloat16
+    assert "bfloat16" in capsys.readouterr().err
+
+
+def test_old_checkpoints_with_copies_of_the_embedding(make, source, tmp_path):
+    """t5-small's has four equal copies, and a bias that nothing reads."""
+    tensors = tensors_of(source)
+    for name in ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head"):
+        tensors[f"{name}.weight"] = tensors["shared.weight"].clone()
+    unused = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+    tensors[unused] = torch.zeros(8, 4)
+    rewrite(source, tensors)
+    convert.convert(source, tmp_path / "mlx")
+    again = (tmp_path / "mlx" / WEIGHTS).read_bytes()
+    assert again == (make()[2] / WEIGHTS).read_bytes()
+
+
+def no_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def no_config(folder):
+    (folder / "config.json").unlink()
+
+
+def broken_config(folder):
+    (folder / "config.json").write_text("{")
+
+
+def config_is_a_list(folder):
+    (folder / "config.json").write_text("[]")
+
+
+def no_tokenizer(folder):
+    for path in folder.glob("*token*"):
+        path.unlink()
+
+
+def truncated(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def not_safetensors(folder):
+    (folder / "model.safetensors").write_bytes(b"\xff" * 100)
+
+
+def empty_file(folder):
+    (folder / "model.safetensors").write_bytes(b"")
+
+
+def missing_shard(folder):
+    index = {"weight_map": {"shared.weight": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def another_size(folder):
+    edit(folder / "config.json", d_ff=49)
+
+
+def fewer_layers(folder):
+    edit(folder / "config.json", num_decoder_layers=1)
+
+
+def more_layers(folder):
+    edit(folder / "config.json", num_decoder_layers=3)
+
+
+def another_architecture(folder):
+    edit(folder / "config.json", model_type="bart")
+
+
+def integers(folder):
+    rewrite(folder, tensors_of(folder) | {"shared.weight": torch.zeros(96, 32).int()})
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (no_weights, "holds no weights"),
+        (no_config, "has no config.json"),
+        (broken_config, "cannot read"),
+        (config_is_a_list, "JSON object"),
+        (no_tokenizer, "no tokenizer"),
+        (truncated, "damaged"),
+        (not_safetensors, "damaged"),
+        (empty_file, "damaged"),
+        (missing_shard, "is missing"),
+        (another_size, "does not fit"),
+        (fewer_layers, "no place for"),
+        (more_layers, "has no decoder.block.2"),
+        (another_architecture, "bart"),
+        (integers, "not a float"),
+    ],
+)
+def test_bad_sources(source, tmp_path, damage, message):
+    """Each is named, and nothing is left half-made."""
+    damage(source)
+    with pytest.raises(InputError, match=message):
+        convert.convert(source, tmp_path / "models" / "mlx")
+    assert not list(tmp_path.glob("models/*")) + list(tmp_path.glob("models/.*"))
+
+
+def test_no_such_folder(tmp_path):
+    with pytest.raises(InputError, match="no checkpoint folder"):
+        convert.convert(tmp_path / "nowhere", tmp_path / "mlx")
+
+
+def test_a_failure_keeps_the_earlier_conversion(source, tmp_path):
+    out = tmp_path / "mlx"
+    convert.convert(source, out)
+    before = (out / WEIGHTS).read_bytes()
+    no_tokenizer(source)
+    with pytest.raises(InputError):
+        convert.convert(source, out)
+    assert (out / WEIGHTS).read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "mlx"]
+
+
+def test_a_second_conversion_replaces_the_first(source, tmp_path):
+    out = tmp_path / "mlx"
+    convert.convert(source, out, "float32")
+    convert.convert(source, out, "bfloat16")
+    assert mx.load(str(out / WEIGHTS))["embedding.weight"].dtype == mx.bfloat16
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "mlx"]
+
+
+def test_a_folder_of_something_else_is_never_replaced(source, tmp_path):
+    """--output with a typo must not delete a home folder."""
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").touch()
+    for target in (tmp_path / "precious", source):
+        with pytest.raises(InputError, match="stays as it is"):
+            convert.convert(source, target)
+    assert (tmp_path / "precious" / "file").exists()
+
+
+def test_disk_without_room(monkeypatch, source, tmp_path):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(InputError, match="the disk of"):
+        convert.convert(source, tmp_path / "mlx")
+    assert not (tmp_path / "mlx").exists()
+
+
+@given(data=st.data())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_damaged_npz_files(make, tmp_path, data):
+    """Cut anywhere or with headers overwritten: an error that says so, no crash."""
+    _, _, folder = make()
+    config = model.read_json(folder / "config.json")
+    damaged = tmp_path / "damaged"
+    shutil.copytree(folder, damaged, dirs_exist_ok=True)
+    raw = bytearray((folder / WEIGHTS).read_bytes())
+    with zipfile.ZipFile(folder / WEIGHTS) as archive:
+        headers = [member.header_offset for member in archive.infolist()]
+        directory = archive.start_dir
+    if data.draw(st.booleans()):
+        raw = raw[: data.draw(st.integers(0, len(raw) - 1))]
+    else:
+        start = data.draw(st.sampled_from([*headers, directory, len(raw) - 80]))
+        where = start + data.draw(st.integers(0, 79))
+        raw[where : where + 4] = data.draw(st.binary(min_size=4, max_size=4))
+    (damaged / WEIGHTS).write_bytes(raw)
+    try:
+        loaded = model.load(damaged)
+    except InputError as error:
+        assert str(damaged / WEIGHTS) in str(error)
+    else:  # bytes that nothing depends on, or that were what they had been
+        assert loaded.embedding.weight.shape == (config["vocab_size"], 32)
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [("d_ff", 49, "shape"), ("num_layers", 3, "lacks"), ("num_layers", 1, "no use")],
+)
+def test_weights_of_another_config(make, tmp_path, field, value, message):
+    folder = shutil.copytree(make()[2], tmp_path / "mlx")
+    edit(folder / "config.json", **{field: value})
+    with pytest.raises(InputError, match=message):
+        model.load(folder)

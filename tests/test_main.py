@@ -1,0 +1,302 @@
+"""main.py as its user meets it: output, errors, exit status, Ctrl-C and pipes."""
+
+import fast_blas  # noqa: F401  (before mlx: see there)
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import checkpoint
+import convert
+import errors
+import main
+from checkpoint import WEIGHTS
+
+#: Something that the tiny target answers at length.
+PROMPT = "the cat on"
+
+
+@pytest.fixture(scope="session")
+def pair(make):
+    """Folders of a target and of a draft that is often right."""
+    return make()[2], make(noise=0.05)[2]
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run a program's main in this process: (status, stdout, stderr)."""
+
+    def run(*arguments, program=main):
+        monkeypatch.setattr(sys, "argv", ["program", *map(str, arguments)])
+        capsys.readouterr()  # what fixtures had to say
+        status = errors.run(program.main, "program")
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def command(*arguments) -> list[str]:
+    script = Path(main.__file__)
+    return [sys.executable, str(script), *map(str, arguments)]
+
+
+def models(pair) -> tuple:
+    return "--model", pair[0], "--draft-model", pair[1]
+
+
+def test_text_and_statistics(call, pair):
+    status, out, err = call(*models(pair), "--prompt", PROMPT, "--max-tokens", 20)
+    assert status == 0
+    assert out.endswith("\n")
+    assert "20 tokens in" in err
+    assert "alpha" in err
+    plain = call("--model", pair[0], "--draft-model", "none", "--max-tokens", 20)
+    again = call(*models(pair), "--regular-decode", "--max-tokens", 20)
+    zero = call(*models(pair), "--num-draft", 0, "--max-tokens", 20)
+    assert plain[:2] == again[:2] == zero[:2]
+    assert "20 tokens in 20 target passes" in plain[2]
+
+
+def test_json(call, pair):
+    status, out, err = call(*models(pair), "--prompt", PROMPT, "--json")
+    assert (status, err) == (0, "")
+    (line,) = out.splitlines()
+    value = json.loads(line)
+    assert list(value) == ["prompt", "text", "tokens", "finish_reason", "stats"]
+    assert value["prompt"] == PROMPT
+    assert value["finish_reason"] in ("eos", "length")
+    assert (value["tokens"][-1] == 1) == (value["finish_reason"] == "eos")
+    stats = value["stats"]
+    assert list(stats) == [
+        "new_tokens",
+        "rounds",
+        "drafted",
+        "accepted",
+        "alpha",
+        "tokens_per_round",
+        "accept_histogram",
+        "encode_seconds",
+        "decode_seconds",
+        "tokens_per_second",
+        "peak_memory_bytes",
+    ]
+    assert stats["new_tokens"] == len(value["tokens"])
+    streamed = call(*models(pair), "--prompt", PROMPT)[1]
+    assert streamed == value["text"] + "\n"
+    plain = call(*models(pair), "--prompt", PROMPT, "--json", "--regular-decode")[1]
+    plain = json.loads(plain)
+    assert plain["tokens"] == value["tokens"]
+    assert plain["stats"]["alpha"] is None
+
+
+class Terminal:
+    """A stdout that says it is a terminal."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def isatty(self):
+        return True
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def test_color(call, pair, monkeypatch):
+    """Green for the draft's tokens in a terminal, and no escape codes elsewhere."""
+    arguments = (*models(pair), "--prompt", PROMPT, "--color", "--max-tokens", 40)
+    plain = call(*arguments)[1]
+    assert "\x1b" not in plain
+    write_text = main.write_text
+    with monkeypatch.context() as patch:
+        patch.setattr(main.sys, "stdout", Terminal(sys.stdout))
+        patch.delenv("NO_COLOR", raising=False)
+        colored = call(*arguments)[1]
+        patch.setenv("NO_COLOR", "1")
+        assert call(*arguments)[1] == plain
+    assert main.write_text is write_text
+    assert colored.replace("\x1b[32m", "").replace("\x1b[0m", "") == plain
+    assert "\x1b[32m" in colored
+    assert colored.rstrip("\n").rfind("\x1b[0m") >= colored.rfind("\x1b[32m")
+
+
+def test_verbose(call, pair):
+    err = call(*models(pair), "--verbose")[2]
+    assert "MLX" in err
+    assert "rounds by draft tokens committed" in err
+
+
+def test_default_models(call, pair, monkeypatch, tmp_path):
+    """t5-11b with t5-small once converted; a target of one's own takes t5-small."""
+    monkeypatch.setattr(checkpoint, "MODELS", tmp_path / "models")
+    status, _, err = call()
+    assert status == 2
+    assert "no model is converted yet" in err
+    shutil.copytree(pair[0], tmp_path / "models" / "mine")
+    status, _, err = call("--model", "mine", "--max-tokens", 4)
+    assert status == 0
+    assert "no draft model" in err
+    shutil.copytree(pair[1], tmp_path / "models" / "t5-small")
+    status, _, err = call("--model", "mine", "--max-tokens", 4)
+    assert status == 0
+    assert "drafting with t5-small" in err
+    shutil.copytree(pair[0], tmp_path / "models" / "t5-11b")
+    status, _, err = call("--max-tokens", 4)
+    assert status == 0
+    assert "t5-11b" in err.splitlines()[0]
+
+
+def test_default_draft_of_another_family(call, pair, make, monkeypatch, tmp_path):
+    monkeypatch.setattr(checkpoint, "MODELS", tmp_path)
+    other = shutil.copytree(pair[1], tmp_path / "t5-small")
+    rename_a_token(other)
+    status, _, err = call("--model", pair[0], "--max-tokens", 4)
+    assert status == 0
+    assert "no draft for this tokenizer" in err
+
+
+def rename_a_token(folder):
+    path = folder / "tokenizer.json"
+    text = path.read_text(encoding="utf-8").replace('"▁cat"', '"▁dog"')
+    path.write_text(text, encoding="utf-8")
+
+
+@pytest.fixture
+def other_tokenizer(pair, tmp_path):
+    folder = shutil.copytree(pair[1], tmp_path / "other")
+    rename_a_token(folder)
+    return folder
+
+
+@pytest.fixture
+def damaged(pair, tmp_path):
+    folder = shutil.copytree(pair[0], tmp_path / "damaged")
+    raw = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(raw[: len(raw) // 2])
+    return folder
+
+
+def one_line(result, *words):
+    status, out, err = result
+    assert (status, out) == (2, "")
+    assert err.count("\n") == 1, err
+    assert all(word in err for word in words), err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--num-draft", "-1"], ["num-draft", "-1"]),
+        (["--num-draft", "many"], ["--num-draft", "many"]),
+        (["--delta", "1.5"], ["delta", "1.5"]),
+        (["--delta", "-0.5"], ["delta", "-0.5"]),
+        (["--delta", "nan"], ["delta", "nan"]),
+        (["--max-tokens", "0"], ["max-tokens", "0"]),
+        (["--no-such-flag"], ["--no-such-flag", "--help"]),
+        (["--prompt", ""], ["prompt is empty"]),
+        (["--prompt", " \n"], ["prompt is empty"]),
+    ],
+)
+def test_bad_flags(call, pair, arguments, words):
+    one_line(call(*models(pair), *arguments), *words)
+
+
+def test_bad_models(call, pair, other_tokenizer, damaged, make, tmp_path):
+    none = ["--draft-model", "none"]
+    one_line(call("--model", "nowhere"), "nowhere", "convert.py --model nowhere")
+    one_line(call("--model", tmp_path, *none), "holds no weights.npz")
+    one_line(call("--model", make()[1], *none), "convert the checkpoint first")
+    one_line(call("--model", damaged, *none), WEIGHTS, "convert the model again")
+    one_line(
+        call("--model", pair[0], "--draft-model", other_tokenizer),
+        "different tokenizers",
+    )
+    one_line(call("--model", pair[0], "--draft-model", "x"), "no model 'x'")
+
+
+def test_prompt_beyond_the_embedding(call, make, tmp_path):
+    """A tokenizer with more ids than rows: sentinels that a model never saw."""
+    folder = shutil.copytree(make(vocab_size=40)[2], tmp_path / "short")
+    shutil.copy(make()[2] / "tokenizer.json", folder)
+    result = call("--model", folder, "--draft-model", "none", "--prompt", "w60 w60")
+    one_line(result, "embedding has 40 rows")
+    wide = shutil.copytree(make()[2], tmp_path / "wide")
+    result = call("--model", wide, "--draft-model", folder)
+    one_line(result, "40 embedding rows", "no pair")
+
+
+def test_long_prompt(call, pair):
+    """Longer than any training text, and than any bucket of the position bias."""
+    prompt = "the cat " * 700
+    status, _, err = call(*models(pair), "--prompt", prompt, "--max-tokens", 5)
+    assert status == 0, err
+
+
+def test_convert_command(call, make, tmp_path):
+    source, out = make()[1], tmp_path / "out"
+    status, printed, err = call(
+        "--model", source, "--output", out, "--dtype", "bfloat16", program=convert
+    )
+    assert (status, printed) == (0, "")
+    assert f"converted into {out}" in err
+    one_line(call("--model", tmp_path / "x", program=convert), "no checkpoint folder")
+    one_line(call(program=convert), "--model")
+    assert call("--model", out, "--draft-model", "none", "--max-tokens", 3)[0] == 0
+
+
+def test_many_runs_end_well(pair):
+    """A process that exits under MLX's work can abort: status 134, now and then."""
+    arguments = command(*models(pair), "--max-tokens", 6, "--json")
+    running = [
+        subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for _ in range(6)
+    ]
+    outputs = [process.communicate(timeout=60) for process in running]
+    assert [process.returncode for process in running] == [0] * 6, outputs
+    assert len({json.loads(out)["text"] for out, _ in outputs}) == 1
+
+
+def test_ctrl_c_while_streaming(pair):
+    """The text so far stays, on a line of its own; status 130; no traceback."""
+    process = subprocess.Popen(
+        command(*models(pair), "--max-tokens", 100_000, "--prompt", PROMPT),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    first = process.stdout.read(30)
+    process.send_signal(signal.SIGINT)
+    rest, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert first.strip()
+    assert rest.endswith(b"\n")
+    assert b"Traceback" not in err
+
+
+def test_closed_pipe_is_quiet(pair):
+    """`main.py | head -c 1` ends without a word about the pipe."""
+    with subprocess.Popen(
+        command(*models(pair), "--max-tokens", 2000, "--prompt", PROMPT),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        process.stdout.read(1)
+        process.stdout.close()
+        err = process.stderr.read().decode()
+        assert process.wait(timeout=60) == 0
+    assert "Traceback" not in err
+    assert "pipe" not in err.lower()
+
+
+def test_help_needs_no_model(tmp_path):
+    result = subprocess.run(
+        command("--help"), capture_output=True, text=True, cwd=tmp_path, env=os.environ
+    )
+    assert result.returncode == 0
+    assert "--num-draft" in result.stdout

@@ -1,0 +1,105 @@
+"""text.py: streaming gives the decoded whole, and never part of a character."""
+
+import fast_blas  # noqa: F401  (before mlx: see there)
+
+import pytest
+from conftest import VOCABULARY, tiny_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+
+from errors import InputError
+from text import FAST_TOKENIZER, TextStream, Tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return Tokenizer(folder)
+
+
+def byte_decode(tokens: list[int]) -> str:
+    """ByT5's way: an id is a byte, three further on."""
+    return bytes(t - 3 for t in tokens if t >= 3).decode("utf-8", errors="replace")
+
+
+def stream(decode, tokens: list[int]) -> list[str]:
+    out = TextStream(decode)
+    return [*(out.push(token) for token in tokens), out.finish()]
+
+
+@given(st.lists(st.integers(0, VOCABULARY - 1), max_size=30))
+def test_pieces_make_the_whole(tokenizer, tokens):
+    """Spaces lost or doubled, special tokens, byte pieces in any order."""
+    pieces = stream(tokenizer.decode, tokens)
+    assert "".join(pieces) == tokenizer.decode(tokens)
+
+
+@given(st.text(max_size=12), st.binary(max_size=3))
+def test_bytes_wait_for_their_character(text, tail):
+    """Every character comes whole, and a tail that stays unfinished is not lost."""
+    tokens = [byte + 3 for byte in text.encode() + tail]
+    pieces = stream(byte_decode, tokens)
+    assert "".join(pieces) == byte_decode(tokens)
+    whole = text.encode()
+    assert all(
+        "\ufffd" not in piece for piece in pieces[: len(whole)] if text.isascii()
+    )
+
+
+def test_a_character_of_four_tokens(tokenizer):
+    """Byte pieces of one emoji: nothing until the last of them."""
+    vocabulary = tokenizer.ids
+    emoji = [vocabulary[f"<0x{byte:02X}>"] for byte in "😀".encode()]
+    cat = vocabulary["▁cat"]
+    pieces = stream(tokenizer.decode, [cat, *emoji, cat])
+    assert pieces == ["cat", "", "", "", "😀", " cat", ""]
+    assert stream(tokenizer.decode, [cat, *emoji[:2]])[-1] == "\ufffd" * 2
+
+
+@pytest.mark.parametrize("text", ["the cat sat", " sat  on the cat", "é漢😀", ""])
+def test_same_ids_as_transformers(folder, tokenizer, text):
+    """The fast path reads tokenizer.json itself: end of sequence, spaces and all."""
+    reference = tiny_tokenizer()
+    assert tokenizer.encode(text) == reference(text).input_ids
+    assert tokenizer.size == len(reference) == VOCABULARY
+
+
+def test_settings_of_training_batches_are_ignored(folder, tmp_path):
+    """Some checkpoints carry truncation to 512 tokens in their tokenizer.json."""
+    from tokenizers import Tokenizer as Fast
+
+    fast = Fast.from_file(str(folder / FAST_TOKENIZER))
+    fast.enable_truncation(4)
+    fast.enable_padding(length=9)
+    fast.save(str(tmp_path / FAST_TOKENIZER))
+    for text in ("cat", "cat " * 20):
+        assert Tokenizer(tmp_path).encode(text) == Tokenizer(folder).encode(text)
+
+
+def test_same_size_is_not_the_same_tokenizer(folder, tokenizer, tmp_path):
+    assert tokenizer.same_ids(Tokenizer(folder))
+    other = tiny_tokenizer()
+    text = (folder / FAST_TOKENIZER).read_text(encoding="utf-8")
+    text = text.replace('"▁cat"', '"▁dog"')
+    other.save_pretrained(tmp_path)
+    (tmp_path / FAST_TOKENIZER).write_text(text, encoding="utf-8")
+    changed = Tokenizer(tmp_path)
+    assert changed.size == tokenizer.size
+    assert not tokenizer.same_ids(changed)
+
+
+def test_folder_without_a_tokenizer(tmp_path):
+    with pytest.raises(InputError, match="no tokenizer"):
+        Tokenizer(tmp_path)
+
+
+def test_broken_tokenizer(tmp_path):
+    (tmp_path / FAST_TOKENIZER).write_text("{")
+    with pytest.raises(InputError, match="cannot read"):
+        Tokenizer(tmp_path)
