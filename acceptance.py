@@ -19,7 +19,7 @@ class Verdict(NamedTuple):
     Attributes:
         accepted: (B,) int32, how many draft tokens stand, from the left.
         next_token: (B,) int32, the target's own token after those.
-        finite: (B,) bool, False where the target's logits hold NaN or no finite value.
+        finite: (B,) bool, False where the target's logits hold NaN, inf or only -inf.
     """
 
     accepted: mx.array
@@ -44,7 +44,7 @@ def verify_greedy(
         delta: in [0, 1]; 0 accepts equality with the argmax alone.
     """
     best = mx.argmax(logits, axis=-1).astype(mx.int32)
-    highest = mx.take_along_axis(logits, best[..., None], axis=-1)[..., 0]
+    highest = logits.max(axis=-1)  # NaN wherever there is one; argmax may pass it over
     finite = mx.isfinite(highest).all(axis=-1)
     size = draft.shape[1]
     if size == 0:

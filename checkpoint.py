@@ -45,15 +45,19 @@ _MLX_DTYPES = {np.dtype(descr): dtype for dtype, descr in _NPY_DTYPES.items()}
 
 def locate(name: str) -> Path:
     """The folder of a converted model: ``name`` itself, else ``models/name``."""
-    for folder in (Path(name), MODELS / name):
-        if (folder / WEIGHTS).is_file():
-            return folder
-    for folder in (Path(name), MODELS / name):
-        if folder.is_dir():
-            raise InputError(
-                f"{folder} holds no {WEIGHTS}: convert the checkpoint first "
-                f"(python convert.py --model {name})"
-            )
+    folders = (Path(name), MODELS / name)
+    try:
+        for folder in folders:
+            if (folder / WEIGHTS).is_file():
+                return folder
+        unconverted = next((folder for folder in folders if folder.is_dir()), None)
+    except OSError as error:  # a name that no file system takes, a folder barred
+        raise InputError(f"cannot look for the model: {error}") from None
+    if unconverted:
+        raise InputError(
+            f"{unconverted} holds no {WEIGHTS}: convert the checkpoint first "
+            f"(python convert.py --model {name})"
+        )
     raise InputError(
         f"no model '{name}': neither a folder nor in {MODELS}; convert it first "
         f"(python convert.py --model {name})"

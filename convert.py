@@ -8,14 +8,16 @@ folder appears by a rename when it is complete; until then an earlier one stays.
 """
 
 import errno
+import glob
 import json
 import math
 import mmap
+import os
 import shutil
 import struct
 import sys
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,19 +66,28 @@ def open_checkpoint(folder: Path) -> dict[str, Tensor]:
     """
     if not folder.is_dir():
         raise InputError(f"no checkpoint folder {folder}")
-    if (folder / INDEX).is_file():
-        from checkpoint import read_json
-
-        shards = read_json(folder / INDEX).get("weight_map", {})
-        files = sorted(set(shards.values()))
-    elif (folder / SINGLE).is_file():
+    if (folder / SINGLE).is_file():
         files = [SINGLE]
+    elif (folder / INDEX).is_file():
+        files = _shards(folder / INDEX)
     else:
         raise InputError(f"{folder} holds no weights: neither {SINGLE} nor {INDEX}")
     tensors: dict[str, Tensor] = {}
     for file in files:
         tensors |= _open_safetensors(folder / file)
     return tensors
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index names, in order."""
+    from checkpoint import read_json
+
+    files = read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not all(
+        isinstance(file, str) for file in files.values()
+    ):
+        raise InputError(f"{index} has no weight_map from tensors to files")
+    return sorted(set(files.values()))
 
 
 def _open_safetensors(path: Path) -> dict[str, Tensor]:
@@ -244,35 +255,63 @@ def convert(source: Path, output: Path, dtype: str = "auto") -> None:
         raise InputError(
             f"{output} exists and is no converted model: it stays as it is"
         )
-    if output.exists() and output.resolve() == source.resolve():
-        raise InputError("the output would replace the source: give another --output")
+    if output.resolve() in (source.resolve(), *source.resolve().parents):
+        raise InputError(f"{output} would replace the source: give another --output")
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        for stale in output.parent.glob(f".{output.name}.partial-*"):
-            shutil.rmtree(stale, ignore_errors=True)
-        partial = Path(
-            tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent)
-        )
-    except OSError as error:
-        raise InputError(f"cannot write to {output.parent}: {error.strerror}") from None
-    try:
-        _require_space(partial, steps, dtype)
-        _write_weights(partial / WEIGHTS, steps, dtype)
-        for name in (CONFIG, GENERATION_CONFIG):
-            if (source / name).is_file():
-                shutil.copyfile(source / name, partial / name)
-        save_tokenizer(source, partial)
-        partial.chmod(0o755)  # mkdtemp's folders are for their owner alone
-        if output.exists():
-            output.rename(partial.with_name(f"{partial.name}-replaced"))
-        partial.rename(output)
+        with _replacing(output) as folder:
+            save_tokenizer(source, folder)
+            for name in (CONFIG, GENERATION_CONFIG):
+                if (source / name).is_file():
+                    shutil.copyfile(source / name, folder / name)
+            _require_space(folder, steps, dtype)
+            _write_weights(folder / WEIGHTS, steps, dtype)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise InputError(f"no space left on the disk of {output.parent}") from None
         raise InputError(f"cannot write {output}: {error}") from None
-    finally:
-        for stale in output.parent.glob(f".{output.name}.partial-*"):
+
+
+@contextmanager
+def _replacing(output: Path) -> Iterator[Path]:
+    """A new folder to fill, which takes the place of ``output`` when all went well.
+
+    Until then an earlier ``output`` stays. What a killed conversion left is cleared
+    away, or, had it come as far as setting the earlier folder aside, put back.
+    """
+    parent, name = output.parent, output.name
+    aside = parent / f".{name}.replaced"
+    parent.mkdir(parents=True, exist_ok=True)
+    if aside.exists() and not output.exists():
+        aside.rename(output)
+    for stale in parent.glob(f".{glob.escape(name)}.partial-*"):
+        if not _is_running(stale.name.rpartition("-")[2]):
             shutil.rmtree(stale, ignore_errors=True)
+    partial = parent / f".{name}.partial-{os.getpid()}"
+    partial.mkdir()
+    try:
+        yield partial
+        shutil.rmtree(aside, ignore_errors=True)
+        if output.exists():
+            output.rename(aside)
+        try:
+            partial.rename(output)
+        except BaseException:
+            if aside.exists():
+                aside.rename(output)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_running(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True
 
 
 def _require_space(folder: Path, steps: Mapping[str, list[Tensor]], dtype: str) -> None:

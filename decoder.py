@@ -43,7 +43,8 @@ class Stats:
         accepted: draft tokens committed.
         accept_histogram: at [i] the rounds that committed i draft tokens.
         encode_seconds: encoding the prompt, by both models.
-        decode_seconds: from there to the last token of this prompt.
+        decode_seconds: from there to the last token of this prompt, what the caller
+            does between the commits included.
         peak_memory_bytes: of MLX's allocations since the prompt was started.
     """
 
@@ -146,6 +147,7 @@ def generate(
             that are not finite.
     """
     check_options(max_tokens, num_draft, delta)
+    num_draft = min(num_draft, max_tokens - 1) if drafter else 0
     if num_draft == 0:
         drafter = None
     mx.reset_peak_memory()

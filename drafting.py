@@ -71,9 +71,8 @@ class ModelDrafter:
     def start(self, prompts: list[list[int]]) -> None:
         self._session.start(prompts)
         # A row's cache holds `_agreed` positions that are known to be the committed
-        # tokens', then those of `_tail`, which later turned out right or wrong.
+        # tokens', then those of the last proposal, which may have turned out wrong.
         self._agreed = [0] * len(prompts)
-        self._tail: list[list[int]] = [[] for _ in prompts]
         self._proposed: mx.array | None = None
 
     def propose(self, sequences: list[list[int]], num_draft: int) -> Draft:
@@ -84,21 +83,21 @@ class ModelDrafter:
             token = _greedy(self._session.extend(token[:, None])[:, -1])
             _begin(token)
             tokens.append(token)
-        draft = mx.stack(tokens, axis=1)
-        self._proposed = draft[:, :-1]  # the last one was not fed
-        return Draft(draft)
+        self._proposed = mx.stack(tokens, axis=1)
+        return Draft(self._proposed)
 
     def _settle(self, sequences: list[list[int]]) -> None:
         """Count the cached positions that agree with what has been committed since."""
-        if self._proposed is not None:
-            # Evaluated when the round was verified: this waits for nothing.
-            fed = np.array(self._proposed).tolist()
-            self._tail = [tail + row for tail, row in zip(self._tail, fed, strict=True)]
-            self._proposed = None
+        if self._proposed is None:
+            return
+        # Evaluated when the round was verified: this waits for nothing.
+        proposed = np.array(self._proposed).tolist()
+        self._proposed = None
         for row, sequence in enumerate(sequences):
+            fed = proposed[row][:-1]
             # The last committed token has to be fed again for its logits.
             known = sequence[self._agreed[row] : -1]
-            for cached, committed in zip(self._tail[row], known, strict=False):
+            for cached, committed in zip(fed, known, strict=False):
                 if cached != committed:
                     break
                 self._agreed[row] += 1
@@ -124,7 +123,6 @@ class ModelDrafter:
         token = _greedy(mx.take_along_axis(logits, last[:, None, None], axis=1)[:, 0])
         _begin(token)
         self._agreed = lengths
-        self._tail = [[] for _ in sequences]
         return token
 
 

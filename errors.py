@@ -27,7 +27,8 @@ def run(main: Callable[[], None], name: str) -> int:
     """Call ``main`` and return the exit status that a command line should have.
 
     0 when it returns, also when whoever read our output stopped reading; 2 with
-    one line on stderr for an :class:`InputError`; 130 after Ctrl-C.
+    one line on stderr for an :class:`InputError` and for files and disks that fail;
+    130 after Ctrl-C.
     """
     status = 0
     try:
@@ -39,11 +40,18 @@ def run(main: Callable[[], None], name: str) -> int:
     except KeyboardInterrupt:
         status = 130
     except BrokenPipeError:
-        # The interpreter flushes stdout once more when it exits: give it
-        # somewhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
+    except OSError as error:
+        _drop_stdout()
+        print(f"{name}: {error}", file=sys.stderr)
+        status = 2
     _settle_device()
     return status
+
+
+def _drop_stdout() -> None:
+    """Give the interpreter's last flush somewhere to go: stdout takes no more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _settle_device() -> None:

@@ -10,12 +10,13 @@ import json
 import os
 import sys
 from argparse import Namespace
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from errors import InputError, Parser, run
 
-# What takes time to import is imported where it is used: help and errors come at
-# once, and Ctrl-C is clean from the first moment on.
+# What takes time to import is imported inside functions, so that Ctrl-C is clean from
+# the first moment on.
 if TYPE_CHECKING:
     from decoder import Stats
     from pair import Generation, Pair
@@ -44,7 +45,12 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
         help=f"draft, likewise; '{NO_DRAFT}' for the target alone (default: t5-small, "
         "where it is converted and has the target's tokenizer)",
     )
-    add("--prompt", metavar="TEXT", help="what to answer (default: an example)")
+    add(
+        "--prompt",
+        metavar="TEXT",
+        help="what to answer; '-' for standard input, a prompt a line (default: an "
+        "example)",
+    )
     add(
         "--max-tokens",
         type=int,
@@ -88,7 +94,7 @@ def load_pair(arguments: Namespace) -> "Pair":
     if model is None:
         model, default_draft = _default_models()
         draft = draft or default_draft
-        say(f"using {model} with {draft}")
+        say(f"using {model}" + (f" with {draft}" if not plain else ""))
     elif draft is None and not plain:
         draft = _fitting_draft(model)
     if plain or draft == NO_DRAFT:
@@ -121,7 +127,7 @@ def _fitting_draft(model: str) -> str:
     from text import Tokenizer
 
     target, folder = locate(model), MODELS / "t5-small"
-    if not (folder / WEIGHTS).is_file():
+    if not (folder / WEIGHTS).is_file() or target.resolve() == folder.resolve():
         say("no draft model: decoding with the target alone (see --draft-model)")
         return NO_DRAFT
     if not Tokenizer(target).same_ids(Tokenizer(folder)):
@@ -129,6 +135,17 @@ def _fitting_draft(model: str) -> str:
         return NO_DRAFT
     say("drafting with t5-small")
     return str(folder)
+
+
+def read_prompts(prompt: str | None) -> Iterator[str]:
+    """The prompts to answer, as they come in."""
+    if prompt != "-":
+        yield EXAMPLE if prompt is None else prompt
+        return
+    # Bytes that are not UTF-8 are named when their prompt's turn comes.
+    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    for line in sys.stdin:
+        yield line.rstrip("\n")
 
 
 def write_text(answer: "Generation", color: bool) -> None:
@@ -193,6 +210,7 @@ def _describe_machine() -> None:
 
 
 def main() -> None:
+    sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale says
     arguments = parse_arguments()
     from decoder import check_options
 
@@ -205,19 +223,20 @@ def main() -> None:
     if arguments.verbose:
         _describe_machine()
     pair = load_pair(arguments)
-    answer = pair.generate(
-        EXAMPLE if arguments.prompt is None else arguments.prompt,
-        max_tokens=arguments.max_tokens,
-        num_draft=arguments.num_draft,
-        delta=arguments.delta,
-    )
-    if arguments.json:
-        write_json(answer)
-    else:
-        terminal = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        write_text(answer, arguments.color and terminal)
-    if not arguments.json or arguments.verbose:
-        report(answer.stats, arguments.verbose)
+    color = arguments.color and sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    for prompt in read_prompts(arguments.prompt):
+        answer = pair.generate(
+            prompt,
+            max_tokens=arguments.max_tokens,
+            num_draft=arguments.num_draft,
+            delta=arguments.delta,
+        )
+        if arguments.json:
+            write_json(answer)
+        else:
+            write_text(answer, color)
+        if not arguments.json or arguments.verbose:
+            report(answer.stats, arguments.verbose)
 
 
 if __name__ == "__main__":

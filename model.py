@@ -13,7 +13,7 @@ H = heads, D = head size, V = vocabulary.
 import fast_blas  # noqa: F401  (before mlx: see there)
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,8 +64,8 @@ class T5Config:
             InputError: another architecture, or a field that is missing or odd.
         """
         kind = config.get("model_type")
-        if kind not in ("t5", "mt5"):
-            raise InputError(f"model_type '{kind}' is not supported: t5 and mt5 are")
+        if kind != "t5":
+            raise InputError(f"model_type '{kind}' is not supported: t5 is")
         try:
             feed_forward = config.get("feed_forward_proj", "relu")
             *gated, activation = feed_forward.split("-")
@@ -102,21 +102,37 @@ class T5Config:
             raise InputError(f"the config has no {error.args[0]}") from None
         except (TypeError, ValueError, AttributeError) as error:
             raise InputError(f"the config has an odd value: {error}") from None
-        sizes = (result.vocab_size, result.d_model, result.d_kv, result.d_ff)
-        if min(*sizes, result.num_heads, result.num_layers) < 1:
-            raise InputError("the config has a size below 1")
+        result._check()
         return result
+
+    def _check(self) -> None:
+        """Refuse what would make an index run out of its array: MLX does not."""
+        sizes = (
+            *(self.vocab_size, self.d_model, self.d_kv, self.d_ff, self.num_heads),
+            *(self.num_layers, self.num_decoder_layers),
+        )
+        if not all(1 <= size < 1 << 31 for size in sizes):
+            raise InputError("the config has a size below 1 or beyond all reason")
+        if not 0 <= self.start_token < self.vocab_size:
+            raise InputError(
+                f"decoding would start from token {self.start_token}, but the config "
+                f"has {self.vocab_size}"
+            )
+        # Below these there is no logarithm to number the distant buckets by.
+        if self.num_buckets < 4 or self.max_distance <= self.num_buckets // 2:
+            raise InputError(
+                f"no relative position bias has {self.num_buckets} buckets for "
+                f"distances up to {self.max_distance}"
+            )
 
 
 def _scales_outputs(config: Mapping[str, Any]) -> bool:
     """Whether the decoder's output is multiplied by d_model^-0.5 before the head.
 
-    T5 1.0 does, T5 1.1 and mT5 do not. transformers 5 says so in a field of its own,
+    T5 1.0 does, T5 1.1 does not. transformers 5 says so in a field of its own,
     and then writes ``tie_word_embeddings: true`` whatever it was; before, T5 1.0 was
     told from 1.1 by that field.
     """
-    if config["model_type"] != "t5":
-        return False
     explicit = config.get("scale_decoder_outputs")
     if explicit is not None:
         return bool(explicit)
@@ -396,12 +412,26 @@ class T5Session:
     so a rewind only changes lengths.
     """
 
-    def __init__(self, model: T5, vocabulary: int | None = None):
-        """``vocabulary``: how many ids may be emitted; logits are cut to it. The
-        embedding often has padding rows beyond the tokenizer's ids."""
+    def __init__(
+        self,
+        model: T5,
+        vocabulary: int | None = None,
+        banned: Collection[int] = (),
+    ):
+        """
+        Args:
+            vocabulary: how many ids may be emitted: logits are cut to it. Embeddings
+                often have rows of padding beyond the tokenizer's ids.
+            banned: ids below it that stand for nothing either: their logits are -inf.
+        """
         self.model = model
         self.vocabulary = min(vocabulary or math.inf, model.config.vocab_size)
         self.lengths: list[int] = []
+        self._ban: mx.array | None = None
+        if banned:
+            ban = np.zeros(self.vocabulary, np.float32)
+            ban[list(banned)] = -np.inf
+            self._ban = mx.array(ban).astype(model.dtype)
 
     def start(self, prompts: list[list[int]]) -> list[list[int]]:
         """Encode a batch of prompts (B lists of ids, none empty) and reset the state.
@@ -454,7 +484,8 @@ class T5Session:
         step = Step(rows, self._bias, self._padding)
         logits = self.model.decode(tokens, self._caches, step)
         self.lengths = [length + new for length in self.lengths]
-        return logits[..., : self.vocabulary]
+        logits = logits[..., : self.vocabulary]
+        return logits if self._ban is None else logits + self._ban
 
     def rewind(self, lengths: list[int]) -> None:
         """Forget all but the first ``lengths[b]`` cached positions of each row b.

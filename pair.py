@@ -89,16 +89,18 @@ class Pair:
         """
         # Rows of padding beyond the tokenizer's ids are never emitted.
         vocabulary = min(tokenizer.size, target.config.vocab_size)
+        gaps = tokenizer.gaps(vocabulary)
         self.tokenizer = tokenizer
-        self.target = T5Session(target, vocabulary)
+        self.target = T5Session(target, vocabulary, gaps)
         self.drafter: ModelDrafter | None = None
+        self._latest: object = None  # whoever decodes on these caches
         if draft is not None:
             if draft.config.vocab_size < vocabulary:
                 raise InputError(
                     f"the draft has {draft.config.vocab_size} embedding rows, but the "
                     f"target emits ids up to {vocabulary - 1}: they are no pair"
                 )
-            self.drafter = ModelDrafter(T5Session(draft, vocabulary))
+            self.drafter = ModelDrafter(T5Session(draft, vocabulary, gaps))
 
     @classmethod
     def load(cls, model: str, draft_model: str | None = None) -> "Pair":
@@ -126,10 +128,13 @@ class Pair:
     ) -> Generation:
         """Answer a prompt; see :func:`decoder.generate` for the options.
 
-        The text is decoded as the result is iterated, one generation at a time.
+        The text is decoded as the result is iterated.
 
         Raises:
-            InputError: while iterating, for bad options or a prompt that is empty.
+            InputError: while iterating, for bad options or a prompt that is empty or
+                not text.
+            RuntimeError: while iterating after another generation has begun: a pair
+                has caches for one.
         """
         commits = self._commits(prompt, max_tokens, num_draft, delta)
         return Generation(prompt, commits, self.tokenizer)
@@ -139,7 +144,10 @@ class Pair:
     ) -> Iterator[Commit]:
         if not prompt.strip():
             raise InputError("the prompt is empty: say what to do with which text")
-        yield from generate(
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise InputError("the prompt is not valid UTF-8 text")
+        mine = self._latest = object()
+        for commit in generate(
             self.target,
             self.drafter,
             [self.tokenizer.encode(prompt)],
@@ -147,7 +155,10 @@ class Pair:
             max_tokens=max_tokens,
             num_draft=num_draft,
             delta=delta,
-        )
+        ):
+            yield commit
+            if self._latest is not mine:
+                raise RuntimeError("another generation has begun on this pair")
 
 
 def _require_same_ids(target: Path, draft: Path, tokenizer: Tokenizer) -> None:

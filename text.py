@@ -36,6 +36,10 @@ class Tokenizer:
         """One more than the largest id that stands for a token."""
         return 1 + max(self.ids.values())
 
+    def gaps(self, size: int) -> list[int]:
+        """The ids below ``size`` that stand for no token."""
+        return sorted(set(range(size)).difference(self.ids.values()))
+
     def same_ids(self, other: "Tokenizer") -> bool:
         """Whether both give every id to the same token."""
         return self.ids == other.ids
@@ -80,7 +84,7 @@ def load_with_transformers(folder: Path) -> Any:
     logging.set_verbosity_error()
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # damaged files make it raise anything
         raise InputError(f"{folder} has no tokenizer that loads: {error}") from None
     # Without its files transformers makes up an empty one; ByT5's has none to miss.
     files = tokenizer.vocab_files_names.values()
@@ -92,10 +96,11 @@ def load_with_transformers(folder: Path) -> Any:
 class TextStream:
     """Turns tokens into text as they arrive.
 
-    The pieces, joined, are the decoded whole. A piece never ends inside a character:
-    bytes of an unfinished one wait for the rest, and :meth:`finish` gives up what is
-    left. Only the last few tokens are decoded again for each new one: a token's spaces
-    depend on its neighbour, so a window starts at the last token already written.
+    The pieces, joined, are the decoded whole (where bytes form no character, the count
+    of U+FFFD may differ). A piece never ends inside a character: bytes of an unfinished
+    one wait for the rest, and :meth:`finish` gives up what is left. Only the last few
+    tokens are decoded again for each new one: a token's spaces depend on its neighbour,
+    so a window starts at the last token already written.
     """
 
     def __init__(self, decode: Callable[[list[int]], str]):

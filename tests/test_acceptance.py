@@ -70,7 +70,7 @@ def test_delta_is_a_share_of_the_best_probability(probability, stands):
 def test_logits_that_are_not_finite_are_reported(bad):
     """argmax over NaN returns a token as if nothing were wrong."""
     logits = np.zeros((2, 3, 5), np.float32)
-    logits[1, 2] = bad
+    logits[1, 2, 3] = bad  # among finite ones
     verdict = verify_greedy(mx.array(logits), mx.zeros((2, 2), mx.int32), None, 0.0)
     assert verdict.finite.tolist() == [True, False]
     logits[1, 2] = -math.inf  # nothing left to emit

@@ -163,8 +163,30 @@ def empty_file(folder):
 
 
 def missing_shard(folder):
+    no_weights(folder)
     index = {"weight_map": {"shared.weight": "model-00001-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def index_of_something_else(folder):
+    no_weights(folder)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": [1]}')
+
+
+def broken_tokenizer(folder):
+    (folder / "tokenizer_config.json").write_text("[]")
+
+
+def start_token_beyond_the_embedding(folder):
+    edit(folder / "generation_config.json", decoder_start_token_id=1_000_000)
+
+
+def no_logarithm(folder):
+    edit(folder / "config.json", relative_attention_max_distance=16)
+
+
+def absurd_size(folder):
+    edit(folder / "config.json", vocab_size=3 << 40)
 
 
 def another_size(folder):
@@ -199,6 +221,11 @@ def integers(folder):
         (not_safetensors, "damaged"),
         (empty_file, "damaged"),
         (missing_shard, "is missing"),
+        (index_of_something_else, "weight_map"),
+        (broken_tokenizer, "no tokenizer"),
+        (start_token_beyond_the_embedding, "token 1000000"),
+        (no_logarithm, "position bias"),
+        (absurd_size, "beyond all reason"),
         (another_size, "does not fit"),
         (fewer_layers, "no place for"),
         (more_layers, "has no decoder.block.2"),
@@ -236,6 +263,42 @@ def test_a_second_conversion_replaces_the_first(source, tmp_path):
     convert.convert(source, out, "bfloat16")
     assert mx.load(str(out / WEIGHTS))["embedding.weight"].dtype == mx.bfloat16
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "mlx"]
+
+
+def test_interrupted_between_the_renames(source, tmp_path, monkeypatch):
+    """The earlier conversion is put back, at once or by the next one that runs."""
+    out = tmp_path / "mlx"
+    convert.convert(source, out)
+    before = (out / WEIGHTS).read_bytes()
+    rename = convert.Path.rename
+
+    def fail(path, to):
+        if ".partial-" in path.name:
+            raise KeyboardInterrupt
+        return rename(path, to)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convert.Path, "rename", fail)
+        with pytest.raises(KeyboardInterrupt):
+            convert.convert(source, out)
+    assert (out / WEIGHTS).read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "mlx"]
+    # Killed there instead, and the next run fails as well.
+    rename(out, tmp_path / ".mlx.replaced")
+    (tmp_path / ".mlx.partial-99999999").mkdir()
+    no_tokenizer(source)
+    with pytest.raises(InputError, match="no tokenizer"):
+        convert.convert(source, out)
+    assert (out / WEIGHTS).read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "mlx"]
+
+
+def test_a_source_inside_the_output_is_not_replaced(make, tmp_path):
+    out = shutil.copytree(make()[2], tmp_path / "mlx")
+    source = shutil.copytree(make()[1], out / "hf")
+    with pytest.raises(InputError, match="replace the source"):
+        convert.convert(source, out)
+    assert (source / "model.safetensors").exists()
 
 
 def test_a_folder_of_something_else_is_never_replaced(source, tmp_path):

@@ -21,6 +21,16 @@ PROMPTS = [[10, 11, 12, 1], [*range(24, 32), 1], [31, 32, 33, 34, 1]]
 NEVER = frozenset({-1})  # no end of sequence
 
 
+class Checked(model.T5Session):
+    """A session that sees to it that no id is fed that the embedding has no row for:
+    the device would read beyond the matrix without a word."""
+
+    def extend(self, tokens):
+        fed = np.array(tokens)
+        assert fed.min() >= 0 and fed.max() < self.model.config.vocab_size
+        return super().extend(tokens)
+
+
 class Scripted:
     """A drafter that answers with a function of the committed tokens."""
 
@@ -61,7 +71,7 @@ def decode(target, drafter, prompts=None, **options):
 
 @pytest.fixture(scope="module")
 def target(tiny):
-    return model.T5Session(tiny[1])
+    return Checked(tiny[1])
 
 
 @pytest.fixture(scope="module")
@@ -77,11 +87,11 @@ def drafters(tiny, make):
     wide = model.load(make(seed=4, vocab_size=VOCABULARY + 40)[2])
     narrow = model.load(make(seed=4, vocab_size=VOCABULARY - 40)[2])
     return {
-        "good": ModelDrafter(model.T5Session(model.load(make(noise=0.05)[2]))),
-        "same": ModelDrafter(model.T5Session(tiny[1])),
-        "random": ModelDrafter(model.T5Session(model.load(folder))),
-        "more ids than the target": ModelDrafter(model.T5Session(wide)),
-        "fewer ids than the target": ModelDrafter(model.T5Session(narrow)),
+        "good": ModelDrafter(Checked(model.load(make(noise=0.05)[2]))),
+        "same": ModelDrafter(Checked(tiny[1])),
+        "random": ModelDrafter(Checked(model.load(folder))),
+        "more ids than the target": ModelDrafter(Checked(wide)),
+        "fewer ids than the target": ModelDrafter(Checked(narrow)),
         "always the end": Scripted(lambda sequence, n: [1] * n),
         "no such id": Scripted(lambda sequence, n: ([10**6, -5] * n)[:n]),
         "nothing, now and then": Scripted(lambda s, n: [s[-1]] * n, ragged=len),
@@ -215,21 +225,21 @@ def test_drafter_needs_no_feedback(tiny, data):
     Covers rounds that somebody else drafted, rounds without a draft, rejections at any
     index, full acceptance, rows at different lengths, and restarts.
     """
-    used = ModelDrafter(model.T5Session(tiny[1]))
+    used = ModelDrafter(Checked(tiny[1]))
     used.start(PROMPTS)
     token = st.integers(2, VOCABULARY - 1)
     sequences = [[0] for _ in PROMPTS]
     for _ in range(data.draw(st.integers(1, 4))):
         num_draft = data.draw(st.integers(1, 5))
         got = np.array(used.propose(sequences, num_draft).tokens)
-        fresh = ModelDrafter(model.T5Session(tiny[1]))
+        fresh = ModelDrafter(Checked(tiny[1]))
         fresh.start(PROMPTS)
         expected = np.array(fresh.propose(sequences, num_draft).tokens)
         np.testing.assert_array_equal(got, expected)
         for row, sequence in enumerate(sequences):
             kept = data.draw(st.integers(0, num_draft))
             sequence += got[row, :kept].tolist()
-            sequence += data.draw(st.lists(token, min_size=1, max_size=7))
+            sequence += data.draw(st.lists(token, min_size=not kept, max_size=7))
 
 
 def test_delta_one_takes_every_draft_token(target, drafters):
@@ -263,6 +273,15 @@ def test_closing_early_leaves_a_session_that_works(target, plain, drafters):
         assert decode(target, drafter, max_tokens=64)[0] == [plain]
 
 
+def test_plain_decoding_has_one_kind_of_round(target, drafters):
+    """However it is asked for; and no histogram of a billion entries."""
+    for drafter, num_draft in ((None, 7), (drafters["good"], 0)):
+        _, _, (stats,) = decode(target, drafter, num_draft=num_draft)
+        assert stats.accept_histogram == [24]
+    _, _, (stats,) = decode(target, drafters["same"], num_draft=10**9)
+    assert stats.accept_histogram == [0] * 23 + [1]
+
+
 def test_long_text_outgrows_the_caches(target, drafters):
     """The caches double at 64, 128, 256 positions, in the middle of rounds."""
     options = {"max_tokens": 300, "prompts": PROMPTS}
@@ -291,12 +310,12 @@ def test_options_out_of_range(target, drafters, options):
 @pytest.mark.parametrize("num_draft", [0, 3])
 def test_broken_weights_are_named(tiny, drafters, num_draft):
     """NaN logits would otherwise be decoded into text without an error."""
-    session = model.T5Session(broken(tiny[1]))
+    session = Checked(broken(tiny[1]))
     with pytest.raises(InputError, match="not finite"):
         decode(session, drafters["good"], num_draft=num_draft)
 
 
 def test_broken_draft_cannot_harm(tiny, target, plain):
     """A draft full of NaN proposes nonsense, and nonsense is refused."""
-    drafter = ModelDrafter(model.T5Session(broken(tiny[1])))
+    drafter = ModelDrafter(Checked(broken(tiny[1])))
     assert decode(target, drafter, max_tokens=64)[0] == [plain]

@@ -2,6 +2,7 @@
 
 import fast_blas  # noqa: F401  (before mlx: see there)
 
+import io
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ import convert
 import errors
 import main
 from checkpoint import WEIGHTS
+from pair import Pair
 
 #: Something that the tiny target answers at length.
 PROMPT = "the cat on"
@@ -113,17 +115,46 @@ def test_color(call, pair, monkeypatch):
     arguments = (*models(pair), "--prompt", PROMPT, "--color", "--max-tokens", 40)
     plain = call(*arguments)[1]
     assert "\x1b" not in plain
-    write_text = main.write_text
     with monkeypatch.context() as patch:
         patch.setattr(main.sys, "stdout", Terminal(sys.stdout))
         patch.delenv("NO_COLOR", raising=False)
         colored = call(*arguments)[1]
         patch.setenv("NO_COLOR", "1")
         assert call(*arguments)[1] == plain
-    assert main.write_text is write_text
     assert colored.replace("\x1b[32m", "").replace("\x1b[0m", "") == plain
     assert "\x1b[32m" in colored
     assert colored.rstrip("\n").rfind("\x1b[0m") >= colored.rfind("\x1b[32m")
+
+
+def test_prompts_from_standard_input(call, pair, monkeypatch):
+    """A prompt a line, an answer a line, and an undecodable line is an error."""
+    arguments = (*models(pair), "--max-tokens", 10)
+    alone = [call(*arguments, "--prompt", text)[1] for text in (PROMPT, "é cat")]
+    raw = io.BytesIO(f"{PROMPT}\né cat\n".encode())
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(raw, encoding="ascii"))
+    assert call(*arguments, "--prompt", "-")[1] == "".join(alone)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n")))
+    one_line(call(*arguments, "--prompt", "-"), "UTF-8")
+
+
+def test_full_disk(pair):
+    """/dev/full takes nothing: one line, no traceback."""
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            command(*models(pair), "--json", "--max-tokens", 3),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_own_draft(call, pair, monkeypatch, tmp_path):
+    """t5-small as the target is not loaded twice to draft for itself."""
+    monkeypatch.setattr(checkpoint, "MODELS", tmp_path)
+    shutil.copytree(pair[0], tmp_path / "t5-small")
+    assert "no draft model" in call("--model", "t5-small", "--max-tokens", 3)[2]
 
 
 def test_verbose(call, pair):
@@ -202,6 +233,8 @@ def one_line(result, *words):
         (["--no-such-flag"], ["--no-such-flag", "--help"]),
         (["--prompt", ""], ["prompt is empty"]),
         (["--prompt", " \n"], ["prompt is empty"]),
+        (["--prompt", "cat \udcff"], ["UTF-8"]),
+        (["--model", "x" * 300], ["cannot look"]),
     ],
 )
 def test_bad_flags(call, pair, arguments, words):
@@ -300,3 +333,14 @@ def test_help_needs_no_model(tmp_path):
     )
     assert result.returncode == 0
     assert "--num-draft" in result.stdout
+
+
+def test_one_generation_at_a_time(pair):
+    """A pair's caches are one generation's; another that begins ends it loudly."""
+    both = Pair.load(str(pair[0]), str(pair[1]))
+    first, second = both.generate(PROMPT), both.generate(PROMPT)
+    next(iter(first))
+    next(iter(second))
+    with pytest.raises(RuntimeError, match="another generation"):
+        first.finish()
+    assert second.finish().text == both.generate(PROMPT).finish().text

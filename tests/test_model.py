@@ -101,7 +101,6 @@ def test_scale_is_taken_from_either_config():
     assert not scales({"model_type": "t5", "tie_word_embeddings": False})
     new = {"model_type": "t5", "tie_word_embeddings": True}
     assert not scales(new | {"scale_decoder_outputs": False})
-    assert not scales({"model_type": "mt5", "tie_word_embeddings": True})
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
@@ -187,6 +186,30 @@ def test_logits_are_cut_to_the_vocabulary(tiny):
     assert session.extend(mx.array([[0, 8]])).shape == (1, 2, 50)
 
 
+def test_ids_that_stand_for_nothing_are_banned(tiny):
+    session = model.T5Session(tiny[1], vocabulary=50, banned=[7, 9])
+    session.start([prompt_of(5)])
+    logits = np.array(session.extend(mx.array([[0, 8]])))
+    assert np.isneginf(logits[..., [7, 9]]).all()
+    assert np.isfinite(np.delete(logits, [7, 9], axis=-1)).all()
+
+
+def test_bfloat16(make):
+    """Masks, bias and caches follow the weights' dtype, in every kind of pass."""
+    _, _, folder = make()
+    reference, half = (model.load(folder) for _ in range(2))
+    half.set_dtype(mx.bfloat16)
+    sessions = [model.T5Session(weights) for weights in (reference, half)]
+    for session in sessions:
+        session.start([prompt_of(9), prompt_of(4)])
+        session.extend(mx.array([prompt_of(5), prompt_of(5, 1)]))
+        session.rewind([4, 1])
+    exact, rounded = (s.extend(mx.array([[8, 9], [3, 4]])) for s in sessions)
+    assert rounded.dtype == mx.bfloat16
+    error = mx.abs(exact - rounded).max() / mx.abs(exact).max()
+    assert error.item() < 0.1
+
+
 @pytest.mark.parametrize("prompt", [[], [VOCABULARY], [5, -1]])
 def test_prompts_that_cannot_be_encoded(tiny, prompt):
     """An id without an embedding row would read beyond the matrix."""
@@ -201,6 +224,8 @@ def test_prompts_that_cannot_be_encoded(tiny, prompt):
         ("feed_forward_proj", "gated-sparkle", "gated-sparkle"),
         ("d_model", "wide", "odd value"),
         ("num_heads", 0, "below 1"),
+        ("num_decoder_layers", -1, "below 1"),
+        ("relative_attention_num_buckets", 2, "position bias"),
         ("vocab_size", None, "odd value"),
     ],
 )

@@ -36,8 +36,11 @@ def stream(decode, tokens: list[int]) -> list[str]:
 @given(st.lists(st.integers(0, VOCABULARY - 1), max_size=30))
 def test_pieces_make_the_whole(tokenizer, tokens):
     """Spaces lost or doubled, special tokens, byte pieces in any order."""
-    pieces = stream(tokenizer.decode, tokens)
-    assert "".join(pieces) == tokenizer.decode(tokens)
+    pieces = "".join(stream(tokenizer.decode, tokens))
+    whole = tokenizer.decode(tokens)
+    # A run of bytes that are no characters is decoded as one, or as several.
+    assert pieces.replace("\ufffd", "") == whole.replace("\ufffd", "")
+    assert pieces == whole or "\ufffd" in whole
 
 
 @given(st.text(max_size=12), st.binary(max_size=3))
@@ -46,10 +49,8 @@ def test_bytes_wait_for_their_character(text, tail):
     tokens = [byte + 3 for byte in text.encode() + tail]
     pieces = stream(byte_decode, tokens)
     assert "".join(pieces) == byte_decode(tokens)
-    whole = text.encode()
-    assert all(
-        "\ufffd" not in piece for piece in pieces[: len(whole)] if text.isascii()
-    )
+    if "\ufffd" not in text:
+        assert not any("\ufffd" in piece for piece in pieces[: len(text.encode())])
 
 
 def test_a_character_of_four_tokens(tokenizer):
