@@ -13,7 +13,7 @@ import math
 import mmap
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,38 +94,49 @@ class WeightsWriter:
     def __exit__(self, *exc: object) -> None:
         self._zip.close()
 
-    def write(self, name: str, tensor: mx.array) -> None:
-        """Append ``tensor`` under ``name``; it is evaluated here."""
-        header = _npy_header(tensor)
+    def write(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: mx.Dtype,
+        blocks: Iterable[mx.array],
+    ) -> None:
+        """Append the tensor that ``blocks`` make up, one after the other in C order.
+
+        Raises:
+            ValueError: the blocks are not ``shape`` and ``dtype`` in all.
+        """
+        header = _npy_header(shape, dtype)
         member = zipfile.ZipInfo(f"{name}.npy")  # dated 1980-01-01
         before = _LOCAL_HEADER.size + len(member.filename.encode()) + _ZIP64_EXTRA
         before += self._zip.start_dir + 4  # 4: the padding's own id and length
         padding = -(before + len(header)) % _ALIGNMENT
         member.extra = struct.pack("<HH", _PADDING_ID, padding) + bytes(padding)
-        bits = tensor.view(mx.uint16) if tensor.dtype == mx.bfloat16 else tensor
-        data = np.array(bits, copy=False).reshape(-1)
+        left = math.prod(shape)
         with self._zip.open(member, "w", force_zip64=True) as file:
             file.write(header)
-            step = 1 << 24
-            for start in range(0, data.size, step):
-                file.write(memoryview(data[start : start + step]).cast("B"))
+            for block in blocks:
+                if block.dtype != dtype or block.size > left:
+                    break
+                left -= block.size
+                bits = block.view(mx.uint16) if dtype == mx.bfloat16 else block
+                bits = np.ascontiguousarray(np.array(bits, copy=False)).reshape(-1)
+                file.write(bits.view(np.uint8).data)
+        if left:
+            raise ValueError(f"{name} was not written as {shape} of {dtype}")
 
 
-def _npy_header(tensor: mx.array) -> bytes:
+def _npy_header(shape: tuple[int, ...], dtype: mx.Dtype) -> bytes:
     """The npy format's version 1.0 header (numpy.lib.format) of a C-order array."""
     described = {
-        "descr": _NPY_DTYPES[tensor.dtype],
+        "descr": _NPY_DTYPES[dtype],
         "fortran_order": False,
-        "shape": tuple(tensor.shape),
+        "shape": tuple(shape),
     }
     text = repr(described).encode("latin1")
     length = len(text) + 1 + -(10 + len(text) + 1) % _ALIGNMENT
-    return (
-        b"\x93NUMPY\x01\x00"
-        + struct.pack("<H", length)
-        + text.ljust(length - 1)
-        + b"\n"
-    )
+    start = b"\x93NUMPY\x01\x00" + struct.pack("<H", length)
+    return start + text.ljust(length - 1) + b"\n"
 
 
 class MappedWeights:
@@ -152,11 +163,29 @@ class MappedWeights:
     def __contains__(self, name: str) -> bool:
         return name in self._views
 
-    def load(self, expected: Mapping[str, tuple[int, ...]]) -> dict[str, mx.array]:
+    def dtypes(self) -> set[mx.Dtype]:
+        """The dtypes that occur."""
+        return {_MLX_DTYPES[view.dtype] for view in self._views.values()}
+
+    def parameters(self) -> int:
+        """How many numbers there are."""
+        return sum(view.size for view in self._views.values())
+
+    def bytes(self, dtype: mx.Dtype | None = None) -> int:
+        """How many bytes the tensors take, as stored or as ``dtype``."""
+        return sum(
+            view.size * (dtype.size if dtype else view.itemsize)
+            for view in self._views.values()
+        )
+
+    def load(
+        self, expected: Mapping[str, tuple[int, ...]], dtype: mx.Dtype | None = None
+    ) -> dict[str, mx.array]:
         """Copy every tensor once, from the mapped file into an array of its own.
 
         Args:
             expected: the name and shape of each tensor that has to be there.
+            dtype: what to convert them to, one by one; None leaves them as stored.
 
         Raises:
             InputError: the tensors are not those expected. All of them are checked
@@ -164,24 +193,38 @@ class MappedWeights:
         """
         shapes = {name: view.shape for name, view in self._views.items()}
         _check(self._path, shapes, expected)
-        return {name: _to_mlx(view) for name, view in self._views.items()}
+        return {name: _to_mlx(view, dtype) for name, view in self._views.items()}
 
 
 def _map_members(file: Any, mapped: mmap.mmap) -> dict[str, np.ndarray]:
     """Every member of the archive as an array over the mapping."""
+    views = {}
+    for member, (start, size) in member_spans(file, mapped).items():
+        name = member.removesuffix(".npy")
+        views[name] = _map_npy(mapped, name, start, size)
+    return views
+
+
+def member_spans(file: Any, mapped: mmap.mmap) -> dict[str, tuple[int, int]]:
+    """Where the members of an uncompressed zip file lie: (start, size) by name.
+
+    Raises:
+        ValueError: a member is compressed, or not inside the file.
+    """
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
-    views = {}
+    spans = {}
     for member in members:
-        name = member.filename.removesuffix(".npy")
         if member.compress_type != zipfile.ZIP_STORED:
-            raise ValueError(f"{name} is compressed")
+            raise ValueError(f"{member.filename} is compressed")
         header = _LOCAL_HEADER.unpack_from(mapped, member.header_offset)
         if header[0] != b"PK\x03\x04":
-            raise ValueError(f"{name} is not where the archive says")
+            raise ValueError(f"{member.filename} is not where the archive says")
         start = member.header_offset + _LOCAL_HEADER.size + header[-2] + header[-1]
-        views[name] = _map_npy(mapped, name, start, member.file_size)
-    return views
+        if start + member.file_size > len(mapped):
+            raise ValueError(f"{member.filename} ends beyond the file")
+        spans[member.filename] = start, member.file_size
+    return spans
 
 
 def _map_npy(mapped: mmap.mmap, name: str, start: int, size: int) -> np.ndarray:
@@ -200,16 +243,20 @@ def _map_npy(mapped: mmap.mmap, name: str, start: int, size: int) -> np.ndarray:
     offset = mapped.tell()
     if offset - start + math.prod(shape) * dtype.itemsize != size:
         raise ValueError(f"{name} has not the size that its shape says")
-    if start + size > len(mapped):
-        raise ValueError(f"{name} ends beyond the file")
     order = "F" if fortran_order else "C"
     return np.ndarray(shape, dtype, mapped, offset, order=order)
 
 
-def _to_mlx(view: np.ndarray) -> mx.array:
+def _to_mlx(view: np.ndarray, dtype: mx.Dtype | None) -> mx.array:
+    """An array of its own; converted at once, so that two of them never add up."""
     if _MLX_DTYPES[view.dtype] == mx.bfloat16:
-        return mx.array(view.view(np.uint16)).view(mx.bfloat16)
-    return mx.array(view)
+        value = mx.array(view.view(np.uint16)).view(mx.bfloat16)
+    else:
+        value = mx.array(view)
+    if dtype is not None and value.dtype != dtype:
+        value = value.astype(dtype)
+        mx.eval(value)
+    return value
 
 
 def _check(

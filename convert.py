@@ -1,6 +1,7 @@
 """Convert a Hugging Face T5 checkpoint into a folder that MLX loads at disk speed.
 
-    python convert.py --model FOLDER [--output DIR] [--dtype auto|float32|bfloat16]
+    python convert.py --model t5-11b [--output DIR] [--dtype auto|float32|bfloat16]
+    python convert.py --list
 
 Tensors stream one by one from the memory-mapped source into ``weights.npz``, so the
 peak memory is a few times the largest tensor, whatever the size of the model. The
@@ -9,23 +10,17 @@ folder appears by a rename when it is complete; until then an earlier one stays.
 
 import errno
 import glob
-import json
 import math
-import mmap
 import os
 import shutil
-import struct
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from errors import InputError, Parser, run
-
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+from sources import Tensor, fetch, open_checkpoint
 
 #: Above this, ``--dtype auto`` stores float32 checkpoints as bfloat16.
 BILLION = 1_000_000_000
@@ -39,94 +34,6 @@ UNUSED = frozenset(
         "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
     }
 )
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """A tensor of the source checkpoint, mapped and not yet read."""
-
-    name: str
-    dtype: str  # as safetensors names them: F32, F16, BF16
-    shape: tuple[int, ...]
-    bits: Any  # numpy array over the mapping; bfloat16 as uint16
-
-    def read(self) -> Any:
-        """The values as an ``mx.array`` of the stored dtype."""
-        import mlx.core as mx
-
-        value = mx.array(self.bits)
-        return value.view(mx.bfloat16) if self.dtype == "BF16" else value
-
-
-def open_checkpoint(folder: Path) -> dict[str, Tensor]:
-    """Map every tensor of a folder's safetensors weights, single or sharded.
-
-    Raises:
-        InputError: no weights, a shard is missing, or a file is damaged.
-    """
-    if not folder.is_dir():
-        raise InputError(f"no checkpoint folder {folder}")
-    if (folder / SINGLE).is_file():
-        files = [SINGLE]
-    elif (folder / INDEX).is_file():
-        files = _shards(folder / INDEX)
-    else:
-        raise InputError(f"{folder} holds no weights: neither {SINGLE} nor {INDEX}")
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        tensors |= _open_safetensors(folder / file)
-    return tensors
-
-
-def _shards(index: Path) -> list[str]:
-    """The files that an index names, in order."""
-    from checkpoint import read_json
-
-    files = read_json(index).get("weight_map")
-    if not isinstance(files, dict) or not all(
-        isinstance(file, str) for file in files.values()
-    ):
-        raise InputError(f"{index} has no weight_map from tensors to files")
-    return sorted(set(files.values()))
-
-
-def _open_safetensors(path: Path) -> dict[str, Tensor]:
-    """Map the tensors of one file: 8 bytes of header size, a JSON header, the data."""
-    try:
-        with path.open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        (size,) = struct.unpack_from("<Q", mapped)
-        header = json.loads(mapped[8 : 8 + size])
-        header.pop("__metadata__", None)
-        return {
-            name: _map_tensor(mapped, 8 + size, name, entry)
-            for name, entry in header.items()
-        }
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing: the checkpoint is incomplete") from None
-    except InputError:
-        raise
-    except Exception as error:  # damaged bytes make the parsers raise anything
-        raise InputError(f"{path} is damaged ({error}): fetch it again") from None
-
-
-def _map_tensor(
-    mapped: mmap.mmap, start: int, name: str, entry: Mapping[str, Any]
-) -> Tensor:
-    """The tensor that a safetensors header's ``entry`` describes, data at ``start``."""
-    import numpy as np
-
-    dtypes = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
-    if entry["dtype"] not in dtypes:
-        raise InputError(
-            f"{name} has the dtype {entry['dtype']}, not a float to convert"
-        )
-    dtype, shape = np.dtype(dtypes[entry["dtype"]]), tuple(entry["shape"])
-    begin, end = entry["data_offsets"]
-    if begin < 0 or end - begin != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"{name} has not the size that its shape says")
-    bits = np.ndarray(shape, dtype, mapped, start + begin)
-    return Tensor(name, entry["dtype"], shape, bits)
 
 
 def recipe(config: Any, tied: bool) -> dict[str, list[str]]:
@@ -338,9 +245,20 @@ def _write_weights(path: Path, steps: Mapping[str, list[Tensor]], dtype: str) ->
         _progress(total) as progress,
     ):
         for name, parts in steps.items():
-            read = [part.read().astype(getattr(mx, dtype)) for part in parts]
-            writer.write(name, mx.concatenate(read) if len(read) > 1 else read[0])
-            progress.update(sum(part.bits.nbytes for part in parts))
+            writer.write(
+                name,
+                (sum(part.shape[0] for part in parts), *parts[0].shape[1:]),
+                getattr(mx, dtype),
+                _blocks(parts, getattr(mx, dtype), progress),
+            )
+
+
+def _blocks(parts: list[Tensor], dtype: Any, progress: Any) -> Iterator[Any]:
+    """The rows of all parts, one part after the other, converted."""
+    for part in parts:
+        for block in part.blocks():
+            yield block.astype(dtype)
+            progress.update(block.nbytes)
 
 
 def _progress(total: int) -> Any:
@@ -364,7 +282,14 @@ def save_tokenizer(source: Path, folder: Path) -> None:
 def parse_arguments(arguments: list[str] | None = None) -> Any:
     parser = Parser(prog="convert.py", description=__doc__.split("\n\n")[0])
     parser.add_argument(
-        "--model", required=True, metavar="FOLDER", help="a Hugging Face checkpoint"
+        "--model",
+        metavar="NAME",
+        help="a checkpoint: a folder, or a model on the hub (t5-11b, say)",
+    )
+    parser.add_argument(
+        "--revision",
+        metavar="R",
+        help="branch, tag or commit of a model on the hub (default: main)",
     )
     parser.add_argument(
         "--output",
@@ -379,15 +304,45 @@ def parse_arguments(arguments: list[str] | None = None) -> Any:
         help="what the weights are stored in (default: auto, as the checkpoint has "
         "them, but bfloat16 for models of over a billion parameters)",
     )
-    return parser.parse_args(arguments)
+    parser.add_argument(
+        "--list", action="store_true", help="show what is converted, and do no more"
+    )
+    chosen = parser.parse_args(arguments)
+    if not chosen.model and not chosen.list:
+        parser.error("--model is missing: which checkpoint is to be converted?")
+    return chosen
+
+
+def list_models(models: Path) -> Iterator[str]:
+    """A line for each converted model in ``models``: name, parameters, size, dtypes."""
+    from checkpoint import WEIGHTS, MappedWeights
+
+    for path in sorted(models.glob(f"*/{WEIGHTS}")):
+        try:
+            weights = MappedWeights(path)
+        except InputError as error:
+            yield f"{path.parent.name}: {error}"
+            continue
+        dtypes = sorted(str(dtype).rpartition(".")[2] for dtype in weights.dtypes())
+        yield (
+            f"{path.parent.name}: {weights.parameters() / 1e6:.1f} M parameters, "
+            f"{path.stat().st_size / 1e9:.2f} GB, {', '.join(dtypes)}"
+        )
 
 
 def main() -> None:
     arguments = parse_arguments()
     from checkpoint import MODELS
 
-    source = Path(arguments.model)
-    output = arguments.output or MODELS / source.resolve().name
+    if arguments.list:
+        lines = list(list_models(MODELS))
+        print("\n".join(lines) if lines else f"nothing is converted in {MODELS} yet")
+        return
+    source = fetch(arguments.model, arguments.revision)
+    # The hub's cache names folders by commit; a local one may be '.'.
+    local = Path(arguments.model)
+    name = local.resolve().name if local.is_dir() else local.name
+    output = arguments.output or MODELS / name
     convert(source, output, arguments.dtype)
     print(f"converted into {output}", file=sys.stderr)
 

@@ -13,6 +13,7 @@ H = heads, D = head size, V = vocabulary.
 import fast_blas  # noqa: F401  (before mlx: see there)
 
 import math
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -535,14 +536,40 @@ def load(folder: Path) -> T5:
     )
     stored = MappedWeights(folder / WEIGHTS)
     model = T5(config, tied="head.weight" not in stored)
-    weights = stored.load(parameter_shapes(model))
-    if mx.default_device() == mx.cpu:
+    on_cpu = mx.default_device() == mx.cpu
+    if on_cpu:
         # MLX would have g++ compile each fused kernel, for seconds, and gain little.
         mx.disable_compile()
-        weights = {name: value.astype(mx.float32) for name, value in weights.items()}
+    prepare_memory(stored.bytes(mx.float32 if on_cpu else None), folder)
+    weights = stored.load(parameter_shapes(model), mx.float32 if on_cpu else None)
     model.load_weights(list(weights.items()))
     mx.eval(model.parameters())
     return model
+
+
+def prepare_memory(size: int, folder: Path) -> None:
+    """See to it that weights of ``size`` bytes fit the device, before they are read.
+
+    On Metal, weights beyond the recommended working set would be swapped in and out at
+    every token: they are refused, and what fits is kept wired.
+
+    Raises:
+        InputError: they do not fit.
+    """
+    if mx.metal.is_available():
+        limit = int(mx.device_info()["max_recommended_working_set_size"])
+        mx.set_wired_limit(limit)
+    elif mx.default_device() == mx.cpu:
+        limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        return  # CUDA says so itself, and can page
+    if mx.get_active_memory() + size > limit:
+        raise InputError(
+            f"{folder} needs {size / 1e9:.1f} GB for its weights, and this machine has "
+            f"{limit / 1e9:.1f} GB for them: take a smaller model, or convert this one "
+            f"with --dtype bfloat16 if it is stored in float32 (a CPU computes in "
+            f"float32 in any case)"
+        )
 
 
 def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -61,7 +61,8 @@ def test_tensors_come_back(tmp_path, dtype):
     path = tmp_path / WEIGHTS
     with WeightsWriter(path) as writer:
         for name, tensor in tensors.items():
-            writer.write(name, tensor)
+            blocks = [tensor[:1], tensor[1:]] if tensor.ndim else [tensor]
+            writer.write(name, tensor.shape, dtype, blocks)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     for read in (MappedWeights(path).load(shapes), mx.load(str(path))):
         for name, tensor in tensors.items():
@@ -70,6 +71,17 @@ def test_tensors_come_back(tmp_path, dtype):
     for view in MappedWeights(path)._views.values():
         start = np.frombuffer(view.base, np.uint8).ctypes.data
         assert view.size == 0 or (view.ctypes.data - start) % 64 == 0
+
+
+@pytest.mark.parametrize(
+    "blocks", [[], [mx.zeros(2)], [mx.zeros(4)], [mx.zeros(3, mx.int32)]]
+)
+def test_blocks_that_do_not_make_up_the_tensor(tmp_path, blocks):
+    with (
+        WeightsWriter(tmp_path / WEIGHTS) as writer,
+        pytest.raises(ValueError, match="was not written"),
+    ):
+        writer.write("x", (3,), mx.float32, blocks)
 
 
 @pytest.mark.parametrize("writer", [mx, np], ids=["mlx", "numpy"])
@@ -230,7 +242,7 @@ def integers(folder):
         (fewer_layers, "no place for"),
         (more_layers, "has no decoder.block.2"),
         (another_architecture, "bart"),
-        (integers, "not a float"),
+        (integers, "no weight does"),
     ],
 )
 def test_bad_sources(source, tmp_path, damage, message):
