@@ -191,16 +191,26 @@ def _cached(name: str, revision: str | None, error: Exception) -> Path:
     """What an earlier download left in the hub's cache, the hub being out of reach."""
     from huggingface_hub import snapshot_download
 
-    again = "run the same command again: a download resumes where it stopped"
-    try:
-        folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
-        files = [str(path.relative_to(folder)) for path in folder.rglob("*")]
-        if all((folder / file).is_file() for file in needed(files)):
+    for single, index in (SAFETENSORS, TORCH):
+        patterns = [*COMPANIONS, single, index, single.replace(".", "-*.")]
+        try:
+            folder = Path(
+                snapshot_download(
+                    name,
+                    revision=revision,
+                    allow_patterns=patterns,
+                    local_files_only=True,
+                )
+            )
+        except Exception:  # nothing there, or not all of it
+            continue
+        if (folder / single).is_file() or (folder / index).is_file():
             return folder
-    except Exception:
-        again = "check the network, or give a folder"
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    raise InputError(f"cannot fetch {name} from the hub ({reason}): {again}") from None
+    raise InputError(
+        f"cannot fetch {name} from the hub ({reason}): check the network and run this "
+        f"again (a download resumes where it stopped), or give a folder"
+    ) from None
 
 
 def needed(files: list[str]) -> list[str]:

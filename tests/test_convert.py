@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+import checkpoint
 import convert
 import model
 from checkpoint import WEIGHTS, MappedWeights, WeightsWriter
@@ -68,9 +69,7 @@ def test_tensors_come_back(tmp_path, dtype):
         for name, tensor in tensors.items():
             assert read[name].dtype == dtype
             assert mx.array_equal(read[name], tensor)
-    for view in MappedWeights(path)._views.values():
-        start = np.frombuffer(view.base, np.uint8).ctypes.data
-        assert view.size == 0 or (view.ctypes.data - start) % 64 == 0
+    assert all(s.offset % 64 == 0 for s in MappedWeights(path)._stored.values())
 
 
 @pytest.mark.parametrize(
@@ -125,6 +124,41 @@ def test_a_billion_parameters_become_bfloat16(monkeypatch, source, tmp_path, cap
     value = mx.load(str(tmp_path / "mlx" / WEIGHTS))["embedding.weight"]
     assert value.dtype == mx.bfloat16
     assert "bfloat16" in capsys.readouterr().err
+
+
+def test_list(make, monkeypatch, capsys, tmp_path):
+    """Each model's size and dtype; a damaged one is named, not a reason to stop."""
+    monkeypatch.setattr(checkpoint, "MODELS", tmp_path)
+    monkeypatch.setattr("sys.argv", ["convert.py", "--list"])
+    convert.main()
+    assert "nothing is converted" in capsys.readouterr().out
+    shutil.copytree(make()[2], tmp_path / "good")
+    shutil.copytree(make()[2], tmp_path / "worse")
+    (tmp_path / "worse" / WEIGHTS).write_bytes(b"PK")
+    convert.main()
+    good, worse = capsys.readouterr().out.splitlines()
+    assert good == "good: 0.0 M parameters, 0.00 GB, float32"
+    assert worse.startswith("worse: ")
+    assert "damaged" in worse
+
+
+def test_reading_is_checked(make, tmp_path, monkeypatch):
+    """A file that shrinks while it is read, or a disk that fails: said, no crash."""
+    _, _, folder = make()
+    stored = MappedWeights(folder / WEIGHTS)
+    monkeypatch.setattr(checkpoint.os, "preadv", lambda *_: 0)
+    with pytest.raises(InputError, match="become shorter"):
+        stored.load({name: s.view.shape for name, s in stored._stored.items()})
+
+
+def test_large_reads_are_shared(make, tmp_path, monkeypatch):
+    """Pieces of a tensor that different threads read come together right."""
+    _, _, folder = make()
+    whole = mx.load(str(folder / WEIGHTS))
+    monkeypatch.setattr(checkpoint, "_PIECE", 100)
+    shapes = {name: value.shape for name, value in whole.items()}
+    read = MappedWeights(folder / WEIGHTS).load(shapes)
+    assert all(mx.array_equal(read[name], whole[name]) for name in whole)
 
 
 def test_old_checkpoints_with_copies_of_the_embedding(make, source, tmp_path):

@@ -217,6 +217,12 @@ def test_prompts_that_cannot_be_encoded(tiny, prompt):
         model.T5Session(tiny[1]).start([[3, 4, 1], prompt])
 
 
+def test_weights_that_do_not_fit(tmp_path):
+    """Said before anything is read, with both sizes."""
+    with pytest.raises(InputError, match=r"needs 1000000\.0 GB .* has \d+\.\d GB"):
+        model.prepare_memory(10**15, tmp_path)
+
+
 @pytest.mark.parametrize(
     "field, value, message",
     [

@@ -256,6 +256,12 @@ class Hub(BaseHTTPRequestHandler):
             names = [{"rfilename": path.name} for path in self.folder.iterdir()]
             answer = {"id": "tiny/t5", "sha": commit, "siblings": names}
             return self.reply(200, json.dumps(answer).encode(), body)
+        if self.path.startswith("/api/models/tiny/t5/tree/"):
+            files = [
+                {"type": "file", "path": p.name, "size": p.stat().st_size, "oid": "0"}
+                for p in self.folder.iterdir()
+            ]
+            return self.reply(200, json.dumps(files).encode(), body)
         if self.path.startswith("/api/models/tiny/t5/revision/"):
             return self.reply(404, b"{}", body, error="RevisionNotFound")
         if self.path.startswith("/api/models/tiny/gated"):
