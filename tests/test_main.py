@@ -279,7 +279,9 @@ def test_convert_command(call, make, tmp_path):
     )
     assert (status, printed) == (0, "")
     assert f"converted into {out}" in err
-    one_line(call("--model", tmp_path / "x", program=convert), "no checkpoint folder")
+    one_line(
+        call("--model", tmp_path / "x", program=convert), "neither a folder nor a model"
+    )
     one_line(call(program=convert), "--model")
     assert call("--model", out, "--draft-model", "none", "--max-tokens", 3)[0] == 0
 
