@@ -110,8 +110,8 @@ def _default_models() -> tuple[str, str]:
         if all((folder / WEIGHTS).is_file() for folder in folders):
             return str(folders[0]), str(folders[1])
     raise InputError(
-        "no model is converted yet: convert two (python convert.py --model t5-11b, then "
-        "--model t5-small), or name a converted one with --model"
+        "no model is converted yet: convert two (python convert.py --model t5-11b, "
+        "then --model t5-small), or name a converted one with --model"
     )
 
 

@@ -282,6 +282,22 @@ def test_plain_decoding_has_one_kind_of_round(target, drafters):
     assert stats.accept_histogram == [0] * 23 + [1]
 
 
+@pytest.mark.parametrize("name", [None, "good", "always the end"])
+def test_as_queued_on_a_gpu(target, plain, drafters, monkeypatch, name):
+    """There rounds and draft steps are queued before the one before has been read; a
+    round queued in vain, after the end, changes nothing."""
+    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    drafter = drafters.get(name)
+    for end in (3, 10, 20):
+        options = {"eos_tokens": {plain[end]}, "max_tokens": 64}
+        assert decode(target, drafter, **options)[0] == [
+            plain[: plain.index(plain[end]) + 1]
+        ]
+    assert decode(target, drafter, max_tokens=64)[0] == [plain]
+    prompts = decode(target, drafter, PROMPTS)[0]
+    assert prompts == [decode(target, None, [prompt])[0][0] for prompt in PROMPTS]
+
+
 def test_long_text_outgrows_the_caches(target, drafters):
     """The caches double at 64, 128, 256 positions, in the middle of rounds."""
     options = {"max_tokens": 300, "prompts": PROMPTS}
