@@ -122,17 +122,18 @@ class WeightsWriter:
         padding = -(before + len(header)) % _ALIGNMENT
         member.extra = struct.pack("<HH", _PADDING_ID, padding) + bytes(padding)
         left = math.prod(shape)
+        unlike = f"{name} was not written as {shape} of {dtype}"
         with self._zip.open(member, "w", force_zip64=True) as file:
             file.write(header)
             for block in blocks:
-                if block.dtype != dtype or block.size > left:
-                    break
                 left -= block.size
+                if block.dtype != dtype or left < 0:
+                    raise ValueError(unlike)
                 bits = block.view(mx.uint16) if dtype == mx.bfloat16 else block
                 bits = np.ascontiguousarray(np.array(bits, copy=False)).reshape(-1)
                 file.write(bits.view(np.uint8).data)
         if left:
-            raise ValueError(f"{name} was not written as {shape} of {dtype}")
+            raise ValueError(unlike)
 
 
 def _npy_header(shape: tuple[int, ...], dtype: mx.Dtype) -> bytes:

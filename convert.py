@@ -3,9 +3,9 @@
     python convert.py --model t5-11b [--output DIR] [--dtype auto|float32|bfloat16]
     python convert.py --list
 
-Tensors stream one by one from the memory-mapped source into ``weights.npz``, so the
-peak memory is a few times the largest tensor, whatever the size of the model. The
-folder appears by a rename when it is complete; until then an earlier one stays.
+Tensors stream block by block from the memory-mapped source into ``weights.npz``, so
+the memory needed does not grow with the model. The folder appears by a rename when it
+is complete; until then an earlier one stays.
 """
 
 import errno
@@ -99,7 +99,7 @@ def plan(config: Any, tensors: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
         if missing:
             raise InputError(f"the checkpoint has no {missing}, which its config needs")
         parts = [tensors[name] for name in theirs]
-        stacked = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+        stacked = _stacked(parts)
         if stacked != shapes[ours] or len({part.shape for part in parts}) > 1:
             found = ", ".join(f"{part.name} {part.shape}" for part in parts)
             raise InputError(
@@ -113,6 +113,11 @@ def plan(config: Any, tensors: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
     if stray:
         raise InputError(f"the checkpoint has {stray}, which T5 has no place for")
     return steps
+
+
+def _stacked(parts: list[Tensor]) -> tuple[int, ...]:
+    """The shape of all parts, one below the other."""
+    return (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
 
 
 def _is_tied(tensors: Mapping[str, Tensor]) -> bool:
@@ -149,14 +154,11 @@ def convert(source: Path, output: Path, dtype: str = "auto") -> None:
         InputError: the source is no T5 checkpoint that can be read whole, the output
             would replace something else, or the disk is full.
     """
-    from checkpoint import CONFIG, GENERATION_CONFIG, WEIGHTS, read_json
+    from checkpoint import CONFIG, GENERATION_CONFIG, WEIGHTS
     from model import T5Config
 
     tensors = open_checkpoint(source)
-    config = T5Config.from_dict(
-        read_json(source / CONFIG), read_json(source / GENERATION_CONFIG, optional=True)
-    )
-    steps = plan(config, tensors)
+    steps = plan(T5Config.read(source), tensors)
     dtype = choose_dtype(dtype, tensors)
     if output.exists() and not (output / WEIGHTS).is_file():
         raise InputError(
@@ -247,7 +249,7 @@ def _write_weights(path: Path, steps: Mapping[str, list[Tensor]], dtype: str) ->
         for name, parts in steps.items():
             writer.write(
                 name,
-                (sum(part.shape[0] for part in parts), *parts[0].shape[1:]),
+                _stacked(parts),
                 getattr(mx, dtype),
                 _blocks(parts, getattr(mx, dtype), progress),
             )

@@ -11,6 +11,7 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from errors import InputError, Parser, run
@@ -22,7 +23,10 @@ if TYPE_CHECKING:
     from pair import Generation, Pair
 
 EXAMPLE = "translate English to German: Where is the nearest train station?"
-BUNDLED = ("demo/target", "demo/draft")
+DEFAULT_DRAFT = "t5-small"
+BUNDLED = tuple(
+    Path(__file__).resolve().parent / "demo" / n for n in ("target", "draft")
+)
 NO_DRAFT = "none"
 
 _DRAFTED, _RESET = "\x1b[32m", "\x1b[0m"  # green
@@ -95,46 +99,43 @@ def load_pair(arguments: Namespace) -> "Pair":
         model, default_draft = _default_models()
         draft = draft or default_draft
         say(f"using {model}" + (f" with {draft}" if not plain else ""))
-    elif draft is None and not plain:
-        draft = _fitting_draft(model)
     if plain or draft == NO_DRAFT:
-        draft = None
-    return Pair.load(model, draft)
+        return Pair.load(model)
+    return Pair.load(model, draft) if draft else _load_with_default_draft(model)
 
 
 def _default_models() -> tuple[str, str]:
     from checkpoint import MODELS, WEIGHTS
 
-    for pair in (("t5-11b", "t5-small"), BUNDLED):
-        folders = [MODELS / name if "/" not in name else _here(name) for name in pair]
-        if all((folder / WEIGHTS).is_file() for folder in folders):
-            return str(folders[0]), str(folders[1])
+    converted = MODELS / "t5-11b", MODELS / DEFAULT_DRAFT
+    for target, draft in (converted, BUNDLED):
+        if (target / WEIGHTS).is_file() and (draft / WEIGHTS).is_file():
+            return str(target), str(draft)
     raise InputError(
         "no model is converted yet: convert two (python convert.py --model t5-11b, "
         "then --model t5-small), or name a converted one with --model"
     )
 
 
-def _here(name: str) -> "os.PathLike[str]":
-    from checkpoint import MODELS
-
-    return MODELS.parent / name
-
-
-def _fitting_draft(model: str) -> str:
-    """The converted t5-small, where its tokenizer is the target's."""
+def _load_with_default_draft(model: str) -> "Pair":
+    """The target with the converted t5-small, where that has the same tokenizer."""
     from checkpoint import MODELS, WEIGHTS, locate
-    from text import Tokenizer
+    from pair import DifferentTokenizersError, Pair
 
-    target, folder = locate(model), MODELS / "t5-small"
-    if not (folder / WEIGHTS).is_file() or target.resolve() == folder.resolve():
-        say("no draft model: decoding with the target alone (see --draft-model)")
-        return NO_DRAFT
-    if not Tokenizer(target).same_ids(Tokenizer(folder)):
-        say("t5-small is no draft for this tokenizer: decoding with the target alone")
-        return NO_DRAFT
-    say("drafting with t5-small")
-    return str(folder)
+    draft = MODELS / DEFAULT_DRAFT
+    if (draft / WEIGHTS).is_file() and locate(model).resolve() != draft.resolve():
+        try:
+            pair = Pair.load(model, str(draft))
+        except DifferentTokenizersError:
+            why = f"{DEFAULT_DRAFT} is no draft for this tokenizer"
+        else:
+            say(f"drafting with {DEFAULT_DRAFT}")
+            return pair
+    else:
+        why = "no draft model"
+    pair = Pair.load(model)
+    say(f"{why}: decoding with the target alone (see --draft-model)")
+    return pair
 
 
 def read_prompts(prompt: str | None) -> Iterator[str]:

@@ -106,6 +106,14 @@ class T5Config:
         result._check()
         return result
 
+    @classmethod
+    def read(cls, folder: Path) -> "T5Config":
+        """The config of a checkpoint folder, Hugging Face's or converted."""
+        return cls.from_dict(
+            read_json(folder / CONFIG),
+            read_json(folder / GENERATION_CONFIG, optional=True),
+        )
+
     def _check(self) -> None:
         """Refuse what would make an index run out of its array: MLX does not."""
         sizes = (
@@ -531,9 +539,7 @@ def load(folder: Path) -> T5:
     Raises:
         InputError: the folder lacks a file, or its files do not belong together.
     """
-    config = T5Config.from_dict(
-        read_json(folder / CONFIG), read_json(folder / GENERATION_CONFIG, optional=True)
-    )
+    config = T5Config.read(folder)
     stored = MappedWeights(folder / WEIGHTS)
     model = T5(config, tied="head.weight" not in stored)
     on_cpu = mx.default_device() == mx.cpu

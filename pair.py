@@ -1,17 +1,16 @@
 """A target and its draft, loaded: from text to text.
 
-from pair import Pair
+In use::
 
-pair = Pair.load("t5-11b", "t5-small")
-answer = pair.generate("translate English to German: Good morning.")
-for piece in answer:
-    print(piece.text, end="", flush=True)
-print(answer.stats.tokens_per_round)
+    pair = Pair.load("t5-11b", "t5-small")
+    answer = pair.generate("translate English to German: Good morning.")
+    for piece in answer:
+        print(piece.text, end="", flush=True)
+    print(answer.stats.tokens_per_round)
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from checkpoint import locate
 from decoder import DELTA, MAX_TOKENS, NUM_DRAFT, Commit, Stats, generate
@@ -19,6 +18,10 @@ from drafting import ModelDrafter
 from errors import InputError
 from model import T5, T5Session, load
 from text import TextStream, Tokenizer
+
+
+class DifferentTokenizersError(InputError):
+    """The draft's ids do not mean what the target's mean."""
 
 
 @dataclass(frozen=True)
@@ -107,14 +110,17 @@ class Pair:
         """Load converted models by folder or by name.
 
         Raises:
-            InputError: a folder is missing or damaged, or the two have different
-                tokenizers.
+            InputError: a folder is missing or damaged.
+            DifferentTokenizersError: they are no pair; no weights are read.
         """
         folder = locate(model)
         draft_folder = locate(draft_model) if draft_model else None
         tokenizer = Tokenizer(folder)
-        if draft_folder:
-            _require_same_ids(folder, draft_folder, tokenizer)
+        if draft_folder and not tokenizer.same_ids(Tokenizer(draft_folder)):
+            raise DifferentTokenizersError(
+                f"{draft_folder} and {folder} have different tokenizers: a draft has "
+                f"to be of the target's family"
+            )
         draft = load(draft_folder) if draft_folder else None
         return cls(load(folder), tokenizer, draft)
 
@@ -159,11 +165,3 @@ class Pair:
             yield commit
             if self._latest is not mine:
                 raise RuntimeError("another generation has begun on this pair")
-
-
-def _require_same_ids(target: Path, draft: Path, tokenizer: Tokenizer) -> None:
-    if not tokenizer.same_ids(Tokenizer(draft)):
-        raise InputError(
-            f"{draft} and {target} have different tokenizers: a draft has to be of the "
-            f"target's family"
-        )

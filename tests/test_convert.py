@@ -73,7 +73,14 @@ def test_tensors_come_back(tmp_path, dtype):
 
 
 @pytest.mark.parametrize(
-    "blocks", [[], [mx.zeros(2)], [mx.zeros(4)], [mx.zeros(3, mx.int32)]]
+    "blocks",
+    [
+        [],
+        [mx.zeros(2)],
+        [mx.zeros(4)],
+        [mx.zeros(3, mx.int32)],
+        [mx.zeros(3), mx.zeros(1)],
+    ],
 )
 def test_blocks_that_do_not_make_up_the_tensor(tmp_path, blocks):
     with (
