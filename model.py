@@ -254,6 +254,8 @@ class FeedForward(nn.Module):
 
 
 class EncoderLayer(nn.Module):
+    """(B, S, d_model) -> the same, attending to all of S with bias (B or 1, H, S, S)."""
+
     def __init__(self, config: T5Config):
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.d_model, config.epsilon)
@@ -269,6 +271,8 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
+    """(B, T, d_model) -> the same, attending to the cache and to the source."""
+
     def __init__(self, config: T5Config):
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.d_model, config.epsilon)
