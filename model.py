@@ -254,7 +254,7 @@ class FeedForward(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """(B, S, d_model) -> the same, attending to all of S with bias (B or 1, H, S, S)."""
+    """(B, S, d_model) -> the same, attending to all of S; bias (B or 1, H, S, S)."""
 
     def __init__(self, config: T5Config):
         super().__init__()
