@@ -109,7 +109,8 @@ class ModelDrafter:
         fewer repeats some of its last tokens, one that is not even that long is padded.
         """
         lengths = [len(sequence) for sequence in sequences]
-        width = max(map(int.__sub__, lengths, self._agreed))
+        # At least the last one, for its logits: nothing new may have been committed.
+        width = max(1, *map(int.__sub__, lengths, self._agreed))
         starts = [max(length - width, 0) for length in lengths]
         chunk = np.zeros((len(sequences), width), np.int32)
         for row, (sequence, start) in enumerate(zip(sequences, starts, strict=True)):

@@ -10,7 +10,8 @@ import json
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from decoder import Stats
     from pair import Generation, Pair
 
-EXAMPLE = "translate English to German: Where is the nearest train station?"
+EXAMPLE_TASK = "translate English to German: "
+EXAMPLE = EXAMPLE_TASK + "Where is the nearest train station?"
 DEFAULT_DRAFT = "t5-small"
 BUNDLED = tuple(
     Path(__file__).resolve().parent / "demo" / n for n in ("target", "draft")
@@ -78,6 +80,16 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
         "proposes (default: %(default)s)",
     )
     add("--regular-decode", action="store_true", help="decode with the target alone")
+    add(
+        "--interactive",
+        action="store_true",
+        help="ask for prompts, with line editing and history",
+    )
+    add(
+        "--compare",
+        action="store_true",
+        help="then decode with the target alone too, and say how much longer it took",
+    )
     add("--color", action="store_true", help="show the draft's tokens in green")
     add("--json", action="store_true", help="print one JSON object instead of the text")
     add("--verbose", action="store_true", help="say more about models and rounds")
@@ -140,8 +152,11 @@ def _load_with_default_draft(model: str) -> "Pair":
 
 def read_prompts(prompt: str | None) -> Iterator[str]:
     """The prompts to answer, as they come in."""
+    if prompt is None:
+        yield EXAMPLE
+        return
     if prompt != "-":
-        yield EXAMPLE if prompt is None else prompt
+        yield prompt
         return
     # Bytes that are not UTF-8 are named when their prompt's turn comes.
     sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
@@ -201,6 +216,34 @@ def report(stats: "Stats", verbose: bool) -> None:
         say(f"rounds by draft tokens committed: {stats.accept_histogram}")
 
 
+def compare(answer: Callable[[int], "Generation"], num_draft: int) -> None:
+    """Say by how much drafting is faster here, encoding included.
+
+    Decodes with and without in turn: once each, oftener while that takes no second.
+
+    Args:
+        answer: begins an answer to the prompt, with that many draft tokens.
+        num_draft: how many to compare with none.
+    """
+    from statistics import median
+    from time import perf_counter
+
+    began = perf_counter()
+    seconds: dict[int, list[float]] = {num_draft: [], 0: []}
+    texts = {}
+    while not texts or (perf_counter() - began < 1 and len(seconds[0]) < 15):
+        for count, its in seconds.items():
+            start = perf_counter()
+            texts[count] = answer(count).finish().text
+            its.append(perf_counter() - start)
+    fast, plain = median(seconds[num_draft]), median(seconds[0])
+    same = "the same" if texts[num_draft] == texts[0] else "another"
+    say(
+        f"compared: {plain / fast:.2f} times as fast as the target alone "
+        f"({fast:.3f} s against {plain:.3f} s), {same} text"
+    )
+
+
 def _describe_machine() -> None:
     import fast_blas
 
@@ -215,6 +258,8 @@ def main() -> None:
     arguments = parse_arguments()
     from decoder import check_options
 
+    if arguments.interactive and arguments.prompt is not None:
+        raise InputError("--interactive asks for prompts: leave --prompt out")
     check_options(arguments.max_tokens, arguments.num_draft, arguments.delta)
 
     import fast_blas
@@ -225,19 +270,37 @@ def main() -> None:
         _describe_machine()
     pair = load_pair(arguments)
     color = arguments.color and sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    for prompt in read_prompts(arguments.prompt):
-        answer = pair.generate(
-            prompt,
-            max_tokens=arguments.max_tokens,
-            num_draft=arguments.num_draft,
-            delta=arguments.delta,
-        )
+    options = {"max_tokens": arguments.max_tokens, "delta": arguments.delta}
+
+    def answer(prompt: str, num_draft: int = arguments.num_draft) -> "Generation":
+        return pair.generate(prompt, num_draft=num_draft, **options)
+
+    def write(answer: "Generation") -> None:
         if arguments.json:
             write_json(answer)
         else:
             write_text(answer, color)
+
+    if arguments.interactive:
+        from interactive import converse
+
+        bundled = pair.folder == BUNDLED[0]
+        converse(
+            answer,
+            write,
+            lambda done: report(done.stats, arguments.verbose),
+            prefix=EXAMPLE_TASK if bundled else "",
+        )
+        return
+    for prompt in read_prompts(arguments.prompt):
+        if arguments.prompt in (None, "-") and not arguments.json:
+            say(f"> {prompt}")
+        done = answer(prompt)
+        write(done)
         if not arguments.json or arguments.verbose:
-            report(answer.stats, arguments.verbose)
+            report(done.stats, arguments.verbose)
+        if arguments.compare and pair.drafter:
+            compare(partial(answer, prompt), arguments.num_draft)
 
 
 if __name__ == "__main__":

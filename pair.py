@@ -11,6 +11,7 @@ In use::
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from checkpoint import locate
 from decoder import DELTA, MAX_TOKENS, NUM_DRAFT, Commit, Stats, generate
@@ -93,6 +94,7 @@ class Pair:
         # Rows of padding beyond the tokenizer's ids are never emitted.
         vocabulary = min(tokenizer.size, target.config.vocab_size)
         gaps = tokenizer.gaps(vocabulary)
+        self.folder: Path | None = None  # where the target was loaded from
         self.tokenizer = tokenizer
         self.target = T5Session(target, vocabulary, gaps)
         self.drafter: ModelDrafter | None = None
@@ -122,7 +124,9 @@ class Pair:
                 f"to be of the target's family"
             )
         draft = load(draft_folder) if draft_folder else None
-        return cls(load(folder), tokenizer, draft)
+        pair = cls(load(folder), tokenizer, draft)
+        pair.folder = folder
+        return pair
 
     def generate(
         self,

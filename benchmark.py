@@ -1,0 +1,429 @@
+"""Measure how fast a pair decodes: per number of draft tokens, against plain decoding.
+
+    python benchmark.py [--model NAME --draft-model NAME] [--prompts FILE]
+        [--num-draft 0..8] [--baseline transformers]
+
+Every variant answers every prompt, one after the other and in an order that rotates, so
+that a machine that slows down slows all of them. A prompt's seconds, encoding included,
+are the median of its repeats; a speed-up is the quotient of two sums over all prompts,
+with a 95 % bootstrap interval over prompts. The baseline is the same loop with no draft
+tokens.
+"""
+
+import fast_blas
+
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from argparse import ArgumentTypeError, Namespace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+from tqdm import tqdm
+
+from decoder import MAX_TOKENS, Stats
+from errors import InputError, Parser, run
+from main import load_pair, say
+from pair import Pair
+
+PROMPTS = Path(__file__).resolve().parent / "demo" / "prompts.txt"
+RESAMPLES = 2000  # of the bootstrap
+COST_REPEATS = 60  # timings per entry of the cost table
+COST_PREFIX = 8  # tokens decoded before the timed step
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a variant made of a prompt: ids, seconds with encoding, and our figures."""
+
+    tokens: list[int]
+    seconds: float
+    stats: Stats | None = None
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to answer a prompt."""
+
+    name: str
+    num_draft: int | None
+    answer: Callable[[str], Answer]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of the steps that a round is made of, medians.
+
+    Attributes:
+        plain: a pass of the target over one token.
+        verify: a pass over K + 1.
+        draft: drafting K tokens.
+    """
+
+    plain: float
+    verify: float
+    draft: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table.
+
+    Attributes:
+        speedup: over plain decoding, in seconds; ``low`` and ``high`` bound its 95 %
+            interval.
+        forwards: over plain decoding, in passes of the target.
+        alpha: accepted over judged draft tokens.
+        c, v: a draft token's and the verifying pass's cost, in plain passes.
+        expected: the speed-up of decoding that alpha, c and v predict.
+        equal: prompts whose tokens are plain decoding's.
+    """
+
+    name: str
+    num_draft: int | None
+    seconds: float
+    tokens_per_second: float
+    speedup: float
+    low: float
+    high: float
+    forwards: float | None = None
+    alpha: float | None = None
+    tokens_per_round: float | None = None
+    c: float | None = None
+    v: float | None = None
+    expected: float | None = None
+    equal: int = 0
+
+
+def ours(pair: Pair, num_draft: int, max_tokens: int) -> Variant:
+    """Decoding with this project's loop."""
+
+    def answer(prompt: str) -> Answer:
+        began = time.perf_counter()
+        done = pair.generate(
+            prompt, max_tokens=max_tokens, num_draft=num_draft
+        ).finish()
+        return Answer(done.tokens, time.perf_counter() - began, done.stats)
+
+    return Variant(f"num-draft {num_draft}", num_draft, answer)
+
+
+def transformers_generate(pair: Pair, max_tokens: int) -> Variant:
+    """PyTorch transformers' greedy ``generate`` on the same weights, in float32."""
+    try:
+        import torch
+        from transformers import DynamicCache, EncoderDecoderCache
+    except ImportError:
+        raise InputError(
+            "--baseline transformers needs torch: pip install torch"
+        ) from None
+
+    reference = to_transformers(pair.folder)
+    # transformers would emit rows that no token stands for.
+    rows = reference.config.vocab_size
+    size = min(pair.tokenizer.size, rows)
+    banned = [*pair.tokenizer.gaps(size), *range(size, rows)] or None
+
+    def answer(prompt: str) -> Answer:
+        began = time.perf_counter()
+        ids = torch.tensor([pair.tokenizer.encode(prompt)])
+        with torch.inference_mode():
+            out = reference.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=max_tokens,
+                do_sample=False,
+                num_beams=1,
+                suppress_tokens=banned,
+                # Its own cache: generate() takes its depth from the encoder.
+                past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()),
+            )
+        return Answer(out[0, 1:].tolist(), time.perf_counter() - began)
+
+    return Variant("transformers", None, answer)
+
+
+def to_transformers(folder: Path) -> Any:
+    """The converted model in ``folder`` as transformers' T5, in float32."""
+    import torch
+    from transformers import T5Config as TheirConfig
+    from transformers import T5ForConditionalGeneration
+
+    from convert import recipe
+    from model import load
+
+    model = load(folder)
+    config = TheirConfig.from_pretrained(folder)
+    tied = "head" not in model
+    config.tie_word_embeddings = tied
+    config.scale_decoder_outputs = model.config.scale_outputs
+    reference = T5ForConditionalGeneration(config)
+    state = {}
+    parameters = dict(tree_flatten(model.parameters()))
+    for name, theirs in recipe(model.config, tied).items():
+        parts = np.array(parameters[name].astype(mx.float32))
+        for part, their_name in zip(np.split(parts, len(theirs)), theirs, strict=True):
+            state[their_name] = torch.from_numpy(part)
+    copies = reference.load_state_dict(state, strict=False).missing_keys
+    assert all("embed_tokens" in name or name == "lm_head.weight" for name in copies)
+    return reference.eval()
+
+
+def measure(
+    variants: list[Variant], prompts: list[str], repeats: int
+) -> list[list[Answer]]:
+    """Every variant's answer to every prompt, with the median seconds of its repeats.
+
+    The first prompt is answered once more beforehand, to warm up.
+    """
+    for variant in variants:
+        variant.answer(prompts[0])
+    answers: list[list[Answer]] = [[] for _ in variants]
+    for number, prompt in enumerate(tqdm(prompts, unit="prompt", disable=None)):
+        runs: list[list[Answer]] = [[] for _ in variants]
+        for repeat in range(repeats):
+            for place in range(len(variants)):
+                which = (place + number + repeat) % len(variants)
+                runs[which].append(variants[which].answer(prompt))
+        for which, its in enumerate(runs):
+            seconds = statistics.median(run.seconds for run in its)
+            answers[which].append(Answer(its[0].tokens, seconds, its[0].stats))
+    return answers
+
+
+def step_cost(pair: Pair, num_draft: int, prompt: str) -> Cost:
+    """Time the steps of a round by themselves, alternating, on one prompt."""
+    ids = pair.tokenizer.encode(prompt)
+    target, drafter = pair.target, pair.drafter
+    begin = target.start([ids])[0]
+    rng = np.random.default_rng(0)
+    sequence = [*begin, *rng.integers(0, target.vocabulary, COST_PREFIX).tolist()]
+    mx.eval(target.extend(mx.array([sequence[:-1]])))
+    known = len(sequence) - 1
+    drafter.start([ids])
+
+    def extend(width: int) -> float:
+        tokens = mx.array([[sequence[-1]] * width])
+        began = time.perf_counter()
+        mx.eval(mx.argmax(target.extend(tokens), axis=-1))
+        seconds = time.perf_counter() - began
+        target.rewind([known])
+        return seconds
+
+    def draft() -> float:
+        began = time.perf_counter()
+        mx.eval(drafter.propose([sequence], num_draft).tokens)
+        return time.perf_counter() - began
+
+    timed = [
+        (extend(1), extend(num_draft + 1), draft()) for _ in range(COST_REPEATS + 2)
+    ][2:]
+    return Cost(*(statistics.median(column) for column in zip(*timed, strict=True)))
+
+
+def speedup(
+    base: list[Answer], other: list[Answer], seed: int = 0
+) -> tuple[float, float, float]:
+    """Seconds of ``base`` over those of ``other``: the ratio, its 95 % interval."""
+    seconds = np.array(
+        [[a.seconds, b.seconds] for a, b in zip(base, other, strict=True)]
+    )
+    rng = np.random.default_rng(seed)
+    drawn = seconds[rng.integers(0, len(seconds), (RESAMPLES, len(seconds)))].sum(
+        axis=1
+    )
+    low, high = np.percentile(drawn[:, 0] / drawn[:, 1], [2.5, 97.5])
+    total = seconds.sum(axis=0)
+    return float(total[0] / total[1]), float(low), float(high)
+
+
+def summarise(
+    variant: Variant, answers: list[Answer], plain: list[Answer], cost: Cost | None
+) -> Row:
+    """One line of the table; ``cost`` for variants that draft."""
+    seconds = sum(answer.seconds for answer in answers)
+    ratio, low, high = speedup(plain, answers)
+    row = Row(
+        name=variant.name,
+        num_draft=variant.num_draft,
+        seconds=seconds,
+        tokens_per_second=sum(len(answer.tokens) for answer in answers) / seconds,
+        speedup=ratio,
+        low=low,
+        high=high,
+        equal=sum(a.tokens == b.tokens for a, b in zip(answers, plain, strict=True)),
+    )
+    stats = [answer.stats for answer in answers if answer.stats is not None]
+    if not stats:
+        return row
+    rounds = sum(each.rounds for each in stats)
+    tested = sum(each.tested for each in stats)
+    row = replace(
+        row,
+        forwards=sum(answer.stats.rounds for answer in plain) / rounds,
+        tokens_per_round=sum(each.new_tokens for each in stats) / rounds,
+    )
+    if cost is None or not tested:
+        return row
+    alpha = sum(each.accepted for each in stats) / tested
+    k = variant.num_draft
+    c, v = cost.draft / k / cost.plain, cost.verify / cost.plain
+    tokens = k + 1 if alpha == 1 else (1 - alpha ** (k + 1)) / (1 - alpha)
+    return replace(row, alpha=alpha, c=c, v=v, expected=tokens / (k * c + v))
+
+
+def header(args: Namespace, prompts: list[str]) -> dict[str, Any]:
+    """What the figures were measured on and with."""
+    processor = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [x for x in info.read_text().splitlines() if x.startswith("model name")]
+        processor = names[0].partition(":")[2].strip() if names else processor
+    return {
+        "command": " ".join(["python benchmark.py", *sys.argv[1:]]),
+        "device": mx.device_info().get("device_name", processor)
+        if mx.default_device() == mx.gpu
+        else processor,
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "mlx": mx.__version__,
+        "blas": fast_blas.library,
+        "prompts": len(prompts),
+        "repeats": args.repeats,
+        "max_tokens": args.max_tokens,
+    }
+
+
+COLUMNS = (
+    ("speed-up", 8, lambda r: f"{r.speedup:.2f}"),
+    ("95 %", 11, lambda r: f"{r.low:.2f}-{r.high:.2f}"),
+    ("tokens/s", 8, lambda r: f"{r.tokens_per_second:.1f}"),
+    ("forwards", 8, lambda r: f"{r.forwards:.2f}" if r.forwards else ""),
+    ("alpha", 6, lambda r: f"{r.alpha:.3f}" if r.alpha is not None else ""),
+    ("per round", 9, lambda r: f"{r.tokens_per_round:.2f}" if r.forwards else ""),
+    ("c", 5, lambda r: f"{r.c:.2f}" if r.c is not None else ""),
+    ("v", 5, lambda r: f"{r.v:.2f}" if r.v is not None else ""),
+    ("expected", 8, lambda r: f"{r.expected:.2f}" if r.expected is not None else ""),
+    ("same text", 9, lambda r: str(r.equal)),
+)
+
+
+def table(rows: list[Row]) -> Iterator[str]:
+    """The lines of the table, for a person."""
+    names = max(len(row.name) for row in rows)
+    yield "  ".join([" " * names, *(title.rjust(width) for title, width, _ in COLUMNS)])
+    for row in rows:
+        cells = (show(row).rjust(width) for _, width, show in COLUMNS)
+        yield "  ".join([row.name.ljust(names), *cells]).rstrip()
+
+
+def read_prompts(path: Path, limit: int | None) -> list[str]:
+    """The prompts of a file: a line of text each, or a JSON object with "prompt"."""
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path}: {error}") from None
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        if line.startswith("{"):
+            try:
+                line = json.loads(line)["prompt"]
+            except (ValueError, KeyError, TypeError):
+                raise InputError(
+                    f'{path}, line {number}: no JSON object with "prompt"'
+                ) from None
+        if not isinstance(line, str) or not line.strip():
+            raise InputError(f"{path}, line {number}: an empty prompt")
+        prompts.append(line)
+    if not prompts:
+        raise InputError(f"{path} has no prompts")
+    return prompts[:limit]
+
+
+def sweep(text: str) -> list[int]:
+    """``0..8`` or ``2,4,8`` as numbers."""
+    try:
+        if ".." in text:
+            first, last = map(int, text.split(".."))
+            values = list(range(first, last + 1))
+        else:
+            values = [int(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or min(values) < 0:
+        raise ArgumentTypeError(f"'{text}' is neither a range 0..8 nor a list 2,4,8")
+    return values
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"'{text}' is not a whole number above 0")
+    return int(text)
+
+
+def parse_arguments(arguments: list[str] | None = None) -> Namespace:
+    parser = Parser(prog="benchmark.py", description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("--model", metavar="NAME", help="target (default: as in main.py)")
+    add("--draft-model", metavar="NAME", help="draft (default: as in main.py)")
+    add(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        default=PROMPTS,
+        help="a prompt a line, or JSON lines with 'prompt' (default: %(default)s)",
+    )
+    add("--limit", type=positive, metavar="N", help="only the first N prompts")
+    add("--num-draft", type=sweep, default=sweep("1..8"), metavar="0..8|2,4")
+    add("--max-tokens", type=positive, default=MAX_TOKENS, metavar="N")
+    add("--repeats", type=positive, default=1, metavar="N", help="timings per prompt")
+    add(
+        "--baseline",
+        action="append",
+        default=[],
+        choices=["transformers"],
+        help="also time this, on the same weights",
+    )
+    add("--json", type=Path, metavar="FILE", help="write the figures there as well")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    args = parse_arguments()
+    prompts = read_prompts(args.prompts, args.limit)
+    args.regular_decode = False
+    pair = load_pair(args)
+    if pair.drafter is None:
+        raise InputError("there is no draft to measure: name one with --draft-model")
+    drafts = [count for count in args.num_draft if count]
+    variants = [ours(pair, count, args.max_tokens) for count in [0, *drafts]]
+    if "transformers" in args.baseline:
+        variants.append(transformers_generate(pair, args.max_tokens))
+
+    about = header(args, prompts)
+    for name, value in about.items():
+        say(f"{name}: {value}")
+    answers = measure(variants, prompts, args.repeats)
+    costs = {count: step_cost(pair, count, prompts[0]) for count in drafts}
+    rows = [
+        summarise(variant, its, answers[0], costs.get(variant.num_draft))
+        for variant, its in zip(variants, answers, strict=True)
+    ]
+    for line in table(rows):
+        print(line)
+    if args.json:
+        value = {**about, "rows": [asdict(row) for row in rows]}
+        args.json.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, "benchmark.py"))

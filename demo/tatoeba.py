@@ -1,0 +1,66 @@
+"""Tatoeba sentence pairs as training text: zip archives in, tab-separated files out.
+
+    python demo/tatoeba.py data/deu-eng.zip --max-words 8 --output data/german \\
+        --held-out data/dev.en.txt data/test.en.txt
+
+The archives are manythings.org's selection of tatoeba.org (CC BY 2.0): one pair a line,
+English first. Every source gets T5's task prefix, so one model can learn several
+languages. ``--held-out`` names files of English sentences; the pairs whose English side
+is in one are written to a file of that name, all others to ``train.tsv``.
+"""
+
+import argparse
+import sys
+import unicodedata
+import zipfile
+from pathlib import Path
+
+LANGUAGES = {"deu": "German", "fra": "French", "ron": "Romanian"}
+
+
+def normalise(text: str) -> str:
+    """NFKC, and plain spaces for the narrow ones before French punctuation."""
+    return " ".join(unicodedata.normalize("NFKC", text).split())
+
+
+def pairs(archive: Path) -> tuple[str, list[tuple[str, str]]]:
+    """The language of an archive and its (English, translation) pairs, as stored."""
+    code = archive.name.split("-")[0]
+    with zipfile.ZipFile(archive) as file:
+        lines = file.read(f"{code}.txt").decode("utf-8").splitlines()
+    return LANGUAGES[code], [tuple(line.split("\t")[:2]) for line in lines]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("archives", type=Path, nargs="+", help="deu-eng.zip, …")
+    parser.add_argument("--held-out", type=Path, nargs="+", required=True)
+    parser.add_argument("--max-words", type=int, help="longest English sentence kept")
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+
+    held_out = {
+        path.name.split(".")[0]: set(path.read_text("utf-8").splitlines())
+        for path in args.held_out
+    }
+    splits: dict[str, list[str]] = {name: [] for name in ["train", *held_out]}
+    for archive in args.archives:
+        language, rows = pairs(archive)
+        for english, translation in rows:
+            if args.max_words and len(english.split()) > args.max_words:
+                continue
+            split = next(
+                (n for n, held in held_out.items() if english in held), "train"
+            )
+            source = f"translate English to {language}: {normalise(english)}"
+            splits[split].append(f"{source}\t{normalise(translation)}\n")
+    args.output.mkdir(parents=True, exist_ok=True)
+    for name, lines in splits.items():
+        (args.output / f"{name}.tsv").write_text("".join(lines), "utf-8")
+        print(f"{len(lines):8,} pairs: {args.output / name}.tsv", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""The prompt loop of ``main.py --interactive``: a line in, an answer out."""
+
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from errors import InputError
+
+if TYPE_CHECKING:
+    from pair import Generation
+
+HELP = """\
+a line is a prompt; these are commands:
+:stats         the figures of the last answer
+:prefix TEXT   put TEXT before every line; alone, nothing
+:q             leave, like Ctrl-D (Ctrl-C stops an answer)"""
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def converse(
+    answer: Callable[[str], "Generation"],
+    write: Callable[["Generation"], None],
+    report: Callable[["Generation"], None],
+    prefix: str,
+) -> None:
+    """Read lines until the end of input and answer each.
+
+    Args:
+        answer: begins an answer to a prompt.
+        write: streams it out.
+        report: says its figures.
+        prefix: put before each line, until ``:prefix`` sets another.
+    """
+    with suppress(ImportError):  # not on every system
+        import readline  # noqa: F401  (gives input() line editing and a history)
+    terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if terminal:
+        say(":help says what there is; Ctrl-D leaves")
+        if prefix:
+            say(f"before each line goes '{prefix}' (:prefix changes it)")
+    last: Generation | None = None
+    while True:
+        try:
+            line = input("> " if terminal else "").strip()
+        except EOFError:
+            if terminal:
+                print()
+            return
+        except KeyboardInterrupt:
+            print()  # the line that was begun is dropped, as in a shell
+            continue
+        command, _, argument = line.partition(" ")
+        if line in (":q", ":quit"):
+            return
+        if not line:
+            continue
+        if line == ":stats":
+            if last is None:
+                say("nothing has been answered yet")
+            else:
+                report(last)
+        elif command == ":prefix":
+            prefix = f"{argument.strip()} " if argument.strip() else ""
+        elif line == ":help":
+            say(HELP)
+        elif line.startswith(":"):
+            say(f"there is no {command}: :help says what there is")
+        else:
+            try:
+                last = answer(prefix + line)
+                write(last)
+            except KeyboardInterrupt:
+                say("stopped")
+            except InputError as error:
+                say(str(error))
