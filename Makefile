@@ -1,18 +1,30 @@
-# make run    set up, and generate with the default models (ARGS="..." adds flags)
-# make test   set up, and run the tests
+# make run    set up, and translate some sentences with the bundled pair
+#             (ARGS="--prompt ..." runs main.py with these flags instead)
+# make test   set up, and run the tests (ARGS="-k ..." goes to pytest)
+# make bench  set up, and measure the bundled pair (ARGS goes to benchmark.py)
 # make lint   set up, and check format and style
 
-PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))
+# The first Python that is neither too old nor too new; PYTHON=... names another.
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.14 python3.11 \
+  python3.10; do $$python -c '$(SUPPORTED)' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: run test lint clean
+.PHONY: run test bench lint clean
 
 run: $(VENV)/run
+ifdef ARGS
 	@$(BIN)/python main.py $(ARGS)
+else
+	@$(BIN)/python main.py --color --compare --prompt - < demo/examples.txt
+endif
 
 test: $(VENV)/dev
 	@$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/dev
+	@$(BIN)/python benchmark.py $(ARGS)
 
 lint: $(VENV)/dev
 	@$(BIN)/ruff format --check .
@@ -31,9 +43,9 @@ $(VENV)/dev: requirements-dev.txt requirements.txt | $(BIN)/python
 	@touch $(VENV)/run $@
 
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-	  { echo "Python 3.10 or newer is needed: make PYTHON=python3.12 ..." >&2; exit 2; }
-	@$(PYTHON) -m venv $(VENV)
+	@$(or $(PYTHON),false) -c '$(SUPPORTED)' 2>/dev/null || \
+	  { echo "Python 3.10 to 3.14 is needed: make PYTHON=/path/to/python3.12 ..." >&2; exit 2; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 2; }
 
 clean:
 	rm -rf $(VENV)

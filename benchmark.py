@@ -8,6 +8,9 @@ that a machine that slows down slows all of them. A prompt's seconds, encoding i
 are the median of its repeats; a speed-up is the quotient of two sums over all prompts,
 with a 95 % bootstrap interval over prompts. The baseline is the same loop with no draft
 tokens.
+
+With translations to compare with in the file (a tab after the prompt, then one), there
+is a column of sacreBLEU: a prompt's lines together are its references.
 """
 
 import fast_blas
@@ -21,6 +24,7 @@ import time
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +38,7 @@ from errors import InputError, Parser, run
 from main import load_pair, say
 from pair import Pair
 
-PROMPTS = Path(__file__).resolve().parent / "demo" / "prompts.txt"
+PROMPTS = Path(__file__).resolve().parent / "demo" / "test.tsv"
 RESAMPLES = 2000  # of the bootstrap
 COST_REPEATS = 60  # timings per entry of the cost table
 COST_PREFIX = 8  # tokens decoded before the timed step
@@ -42,8 +46,9 @@ COST_PREFIX = 8  # tokens decoded before the timed step
 
 @dataclass(frozen=True)
 class Answer:
-    """What a variant made of a prompt: ids, seconds with encoding, and our figures."""
+    """What a variant made of a prompt: text, seconds with encoding, our figures."""
 
+    text: str
     tokens: list[int]
     seconds: float
     stats: Stats | None = None
@@ -85,6 +90,7 @@ class Row:
         c, v: a draft token's and the verifying pass's cost, in plain passes.
         expected: the speed-up of decoding that alpha, c and v predict.
         equal: prompts whose tokens are plain decoding's.
+        bleu: sacreBLEU, where there are references.
     """
 
     name: str
@@ -101,6 +107,7 @@ class Row:
     v: float | None = None
     expected: float | None = None
     equal: int = 0
+    bleu: float | None = None
 
 
 def ours(pair: Pair, num_draft: int, max_tokens: int) -> Variant:
@@ -111,7 +118,7 @@ def ours(pair: Pair, num_draft: int, max_tokens: int) -> Variant:
         done = pair.generate(
             prompt, max_tokens=max_tokens, num_draft=num_draft
         ).finish()
-        return Answer(done.tokens, time.perf_counter() - began, done.stats)
+        return Answer(done.text, done.tokens, time.perf_counter() - began, done.stats)
 
     return Variant(f"num-draft {num_draft}", num_draft, answer)
 
@@ -146,7 +153,9 @@ def transformers_generate(pair: Pair, max_tokens: int) -> Variant:
                 # Its own cache: generate() takes its depth from the encoder.
                 past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()),
             )
-        return Answer(out[0, 1:].tolist(), time.perf_counter() - began)
+        tokens = out[0, 1:].tolist()
+        text = pair.tokenizer.decode(tokens)
+        return Answer(text, tokens, time.perf_counter() - began)
 
     return Variant("transformers", None, answer)
 
@@ -163,9 +172,11 @@ def to_transformers(folder: Path) -> Any:
     model = load(folder)
     config = TheirConfig.from_pretrained(folder)
     tied = "head" not in model
-    config.tie_word_embeddings = tied
     config.scale_decoder_outputs = model.config.scale_outputs
     reference = T5ForConditionalGeneration(config)
+    if not tied:
+        # transformers 5 ties every T5 that it makes.
+        reference.lm_head.weight = torch.nn.Parameter(reference.lm_head.weight.clone())
     state = {}
     parameters = dict(tree_flatten(model.parameters()))
     for name, theirs in recipe(model.config, tied).items():
@@ -195,7 +206,7 @@ def measure(
                 runs[which].append(variants[which].answer(prompt))
         for which, its in enumerate(runs):
             seconds = statistics.median(run.seconds for run in its)
-            answers[which].append(Answer(its[0].tokens, seconds, its[0].stats))
+            answers[which].append(replace(its[0], seconds=seconds))
     return answers
 
 
@@ -245,8 +256,27 @@ def speedup(
     return float(total[0] / total[1]), float(low), float(high)
 
 
+def sacrebleu(texts: list[str], references: list[list[str]]) -> float | None:
+    """Corpus BLEU of the texts, each with its references; None where one has none."""
+    if not all(references):
+        return None
+    try:
+        from sacrebleu import corpus_bleu
+    except ImportError:
+        raise InputError(
+            "the prompts have references, which needs sacrebleu: pip install sacrebleu"
+        ) from None
+    # One stream for the first references, one for the second, …
+    streams = [list(stream) for stream in zip_longest(*references)]
+    return corpus_bleu(texts, streams).score
+
+
 def summarise(
-    variant: Variant, answers: list[Answer], plain: list[Answer], cost: Cost | None
+    variant: Variant,
+    answers: list[Answer],
+    plain: list[Answer],
+    references: list[list[str]],
+    cost: Cost | None,
 ) -> Row:
     """One line of the table; ``cost`` for variants that draft."""
     seconds = sum(answer.seconds for answer in answers)
@@ -260,6 +290,7 @@ def summarise(
         low=low,
         high=high,
         equal=sum(a.tokens == b.tokens for a, b in zip(answers, plain, strict=True)),
+        bleu=sacrebleu([answer.text for answer in answers], references),
     )
     stats = [answer.stats for answer in answers if answer.stats is not None]
     if not stats:
@@ -280,7 +311,7 @@ def summarise(
     return replace(row, alpha=alpha, c=c, v=v, expected=tokens / (k * c + v))
 
 
-def header(args: Namespace, prompts: list[str]) -> dict[str, Any]:
+def header(args: Namespace, prompts: int) -> dict[str, Any]:
     """What the figures were measured on and with."""
     processor = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
@@ -297,7 +328,7 @@ def header(args: Namespace, prompts: list[str]) -> dict[str, Any]:
         "python": platform.python_version(),
         "mlx": mx.__version__,
         "blas": fast_blas.library,
-        "prompts": len(prompts),
+        "prompts": prompts,
         "repeats": args.repeats,
         "max_tokens": args.max_tokens,
     }
@@ -314,6 +345,7 @@ COLUMNS = (
     ("v", 5, lambda r: f"{r.v:.2f}" if r.v is not None else ""),
     ("expected", 8, lambda r: f"{r.expected:.2f}" if r.expected is not None else ""),
     ("same text", 9, lambda r: str(r.equal)),
+    ("BLEU", 5, lambda r: f"{r.bleu:.1f}" if r.bleu is not None else ""),
 )
 
 
@@ -326,27 +358,36 @@ def table(rows: list[Row]) -> Iterator[str]:
         yield "  ".join([row.name.ljust(names), *cells]).rstrip()
 
 
-def read_prompts(path: Path, limit: int | None) -> list[str]:
-    """The prompts of a file: a line of text each, or a JSON object with "prompt"."""
+def read_prompts(path: Path, limit: int | None) -> dict[str, list[str]]:
+    """The prompts of a file, each once, with what it has of references.
+
+    A line is a prompt, or a prompt, a tab and a reference, or a JSON object with
+    "prompt" and maybe "reference".
+
+    Raises:
+        InputError: the file cannot be read, or a line is none of these.
+    """
     try:
         lines = path.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {error}") from None
-    prompts = []
+    prompts: dict[str, list[str]] = {}
     for number, line in enumerate(lines, 1):
+        prompt, _, reference = line.partition("\t")
         if line.startswith("{"):
             try:
-                line = json.loads(line)["prompt"]
-            except (ValueError, KeyError, TypeError):
-                raise InputError(
-                    f'{path}, line {number}: no JSON object with "prompt"'
-                ) from None
-        if not isinstance(line, str) or not line.strip():
+                value = json.loads(line)
+                prompt, reference = value["prompt"], value.get("reference", "")
+            except (ValueError, KeyError, TypeError, AttributeError):
+                prompt = None
+        if not isinstance(prompt, str) or not isinstance(reference, str):
+            raise InputError(f'{path}, line {number}: no JSON object with "prompt"')
+        if not prompt.strip():
             raise InputError(f"{path}, line {number}: an empty prompt")
-        prompts.append(line)
+        prompts.setdefault(prompt, []).extend([reference] if reference else [])
     if not prompts:
         raise InputError(f"{path} has no prompts")
-    return prompts[:limit]
+    return dict(islice(prompts.items(), limit))
 
 
 def sweep(text: str) -> list[int]:
@@ -380,7 +421,8 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
         type=Path,
         metavar="FILE",
         default=PROMPTS,
-        help="a prompt a line, or JSON lines with 'prompt' (default: %(default)s)",
+        help="a prompt a line, maybe with a tab and a reference, or JSON lines with "
+        "'prompt' and 'reference' (default: the bundled pair's test sentences)",
     )
     add("--limit", type=positive, metavar="N", help="only the first N prompts")
     add("--num-draft", type=sweep, default=sweep("1..8"), metavar="0..8|2,4")
@@ -399,7 +441,8 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    prompts = read_prompts(args.prompts, args.limit)
+    references = read_prompts(args.prompts, args.limit)
+    prompts = list(references)
     args.regular_decode = False
     pair = load_pair(args)
     if pair.drafter is None:
@@ -409,13 +452,19 @@ def main() -> None:
     if "transformers" in args.baseline:
         variants.append(transformers_generate(pair, args.max_tokens))
 
-    about = header(args, prompts)
+    about = header(args, len(prompts))
     for name, value in about.items():
         say(f"{name}: {value}")
     answers = measure(variants, prompts, args.repeats)
     costs = {count: step_cost(pair, count, prompts[0]) for count in drafts}
     rows = [
-        summarise(variant, its, answers[0], costs.get(variant.num_draft))
+        summarise(
+            variant,
+            its,
+            answers[0],
+            list(references.values()),
+            costs.get(variant.num_draft),
+        )
         for variant, its in zip(variants, answers, strict=True)
     ]
     for line in table(rows):

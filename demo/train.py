@@ -26,6 +26,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import sentencepiece
@@ -99,9 +100,11 @@ def read_columns(path: Path, columns: int) -> list[list[str]]:
     rows = [line.split("\t") for line in path.read_text("utf-8").splitlines()]
     for number, row in enumerate(rows, 1):
         if len(row) < columns or not all(row[:columns]):
-            sys.exit(f"train.py: {path}, line {number}: {columns} columns expected")
+            fail(
+                f"{path}, line {number}: {columns} columns with a tab between expected"
+            )
     if len(rows) <= HELD_OUT:
-        sys.exit(f"train.py: {path}: more than {HELD_OUT} lines needed (held out)")
+        fail(f"{path}: {len(rows)} lines are too few: {HELD_OUT} of them are held out")
     return [row[:columns] for row in rows]
 
 
@@ -114,6 +117,7 @@ def learn_tokenizer(
         sentence_iterator=iter([text for row in rows for text in row]),
         model_prefix=str(output / "spiece"),
         vocab_size=size - SENTINELS,
+        hard_vocab_limit=False,  # fewer pieces, where the text has no more
         character_coverage=1.0,
         pad_id=0,
         eos_id=1,
@@ -193,6 +197,8 @@ def from_teacher(
         say(
             f"labelled {first + len(chunk):,} of {len(ids):,}, {left / 60:.1f} min left"
         )
+    if not rows:
+        fail(f"the teacher ended none of its answers within {max_tokens} tokens")
     flat_sources, source_starts = flat(rows)
     flat_targets, target_starts = flat(targets)
     return Examples(
@@ -264,19 +270,26 @@ def epoch_order(
 
 def measure(
     model: T5ForConditionalGeneration, batch: Batch
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Summed cross-entropy (nats), tokens, and how many the argmax has right."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sums over a batch: cross-entropy (nats), tokens, hits of the argmax, overlap.
+
+    The overlap is Σ min(p, q) over the tokens whose p is known: at temperature 1 it is
+    the acceptance rate, but for what p puts on other tokens.
+    """
     logits = model(
         input_ids=batch.sources,
         attention_mask=batch.mask,
         decoder_input_ids=batch.inputs,
         use_cache=False,
     ).logits.float()
-    expected = batch.top_probs * logits.gather(-1, batch.top_ids)
-    mass = batch.top_probs.sum(-1)
-    loss = (mass * logits.logsumexp(-1)).sum() - expected.sum()
-    right = (logits.detach().argmax(-1) == batch.targets).sum()
-    return loss, (batch.targets >= 0).sum(), right
+    chosen = logits.gather(-1, batch.top_ids)
+    total = logits.logsumexp(-1)
+    loss = (batch.top_probs.sum(-1) * total - (batch.top_probs * chosen).sum(-1)).sum()
+    with torch.no_grad():
+        hits = (logits.argmax(-1) == batch.targets).sum()
+        q = (chosen - total[..., None]).exp()
+        overlap = torch.minimum(batch.top_probs, q).sum()
+    return loss, (batch.targets >= 0).sum(), hits, overlap
 
 
 class Muon(torch.optim.Optimizer):
@@ -423,7 +436,7 @@ class Trainer:
                 group["lr"] = group["peak"] * rate
             optimizer.zero_grad()
         with self.autocast():
-            loss, tokens, _ = measure(self.model, batch)
+            loss, tokens, *_ = measure(self.model, batch)
         (loss / tokens).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
@@ -431,16 +444,16 @@ class Trainer:
         return loss.item(), int(tokens)
 
     @torch.inference_mode()
-    def evaluate(self) -> tuple[float, float]:
-        """Loss per token and accuracy on the held-out examples."""
+    def evaluate(self) -> tuple[float, float, float]:
+        """Loss, hits and overlap (see :func:`measure`) per held-out token."""
         start = self.model.config.decoder_start_token_id
-        totals = torch.zeros(3)
+        totals = torch.zeros(4)
         for chosen in epoch_order(self.examples, self.held_out, self.args.batch, 0):
             batch = collate(self.examples, chosen, start, self.device)
             with self.autocast():
                 totals += torch.stack(measure(self.model, batch)).cpu()
-        loss, tokens, right = totals.tolist()
-        return loss / tokens, right / tokens
+        loss, tokens, hits, overlap = totals.tolist()
+        return loss / tokens, hits / tokens, overlap / tokens
 
     def run(self) -> None:
         """Train until the budget is spent; say and save how it goes."""
@@ -470,18 +483,25 @@ class Trainer:
         self.checkpoint()
 
     def checkpoint(self) -> None:
-        loss, accuracy = self.evaluate()
-        self.log(held_out_loss=loss, held_out_accuracy=accuracy)
+        loss, hits, overlap = self.evaluate()
+        self.log(held_out_loss=loss, held_out_hits=hits, held_out_overlap=overlap)
         self.save()
-        say(
-            f"{self.elapsed / 60:.1f} min: held-out loss {loss:.3f}, "
-            f"accuracy {accuracy:.3f}\n"
-        )
+        line = f"{self.elapsed / 60:.1f} min, held out: loss {loss:.3f}"
+        if self.args.teacher:
+            line += f", alpha {hits:.3f}, {overlap:.3f} at temperature 1\n"
+        else:
+            line += f", accuracy {hits:.3f}\n"
+        say(line)
 
     def log(self, **values: float) -> None:
         with (self.folder / "log.jsonl").open("a") as file:
             record = {"seconds": round(self.elapsed, 1), "epoch": self.epoch, **values}
             file.write(json.dumps(record) + "\n")
+
+
+def fail(message: str) -> NoReturn:
+    print(f"train.py: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 def say(line: str) -> None:
@@ -519,7 +539,13 @@ def new_model(
         pad_token_id=0,
         eos_token_id=1,
     )
-    return T5ForConditionalGeneration(config)
+    model = T5ForConditionalGeneration(config)
+    if args.v1_1:
+        # transformers 5 ties the head whatever the config says.
+        head = torch.randn(len(tokenizer), args.width) * args.width**-0.5
+        model.lm_head.weight = torch.nn.Parameter(head)
+        model.config.tie_word_embeddings = False
+    return model
 
 
 def arguments() -> argparse.Namespace:
@@ -579,6 +605,9 @@ def main() -> None:
     device = torch.device(args.device) if args.device else best_device()
     if device.type == "cpu":
         keep_memory()
+        # Before any thread is started: they inherit it. Gradients of attention that has
+        # made up its mind are denormal, which halves the speed of a CPU.
+        torch.set_flush_denormal(True)
     torch.manual_seed(args.seed)
     if args.teacher:
         tokenizer = AutoTokenizer.from_pretrained(args.teacher)
@@ -590,6 +619,8 @@ def main() -> None:
         else:
             tokenizer = learn_tokenizer(rows, args.vocabulary, args.output)
         examples = from_text(rows, tokenizer)
+    if len(examples) <= HELD_OUT:
+        fail(f"{len(examples)} examples are too few: {HELD_OUT} of them are held out")
     model = new_model(args, tokenizer)
     tokenizer.save_pretrained(args.output)
     trainer = Trainer(model, examples, args, device)

@@ -5,6 +5,7 @@ import fast_blas  # noqa: F401  (before mlx: see there)
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -161,6 +162,24 @@ def test_verbose(call, pair):
     err = call(*models(pair), "--verbose")[2]
     assert "MLX" in err
     assert "rounds by draft tokens committed" in err
+
+
+def test_compare(call, pair):
+    """Both ways of decoding are timed, and their texts compared."""
+    flags = [*models(pair), "--prompt", PROMPT, "--max-tokens", 12, "--compare"]
+    status, out, err = call(*flags)
+    assert status == 0
+    assert out == call(*flags[:-1])[1]
+    assert re.search(r"compared: \d+\.\d\d times as fast .* s\), the same text\n", err)
+    assert "another text" in call(*flags, "--delta", 1)[2]
+    assert "compared" not in call(*flags, "--regular-decode")[2]
+
+
+def test_prompts_that_were_not_typed_are_shown(call, pair, monkeypatch):
+    assert f"> {main.EXAMPLE}\n" in call(*models(pair), "--max-tokens", 2)[2]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"cat\n")))
+    assert "> cat\n" in call(*models(pair), "--prompt", "-", "--max-tokens", 2)[2]
+    assert "> " not in call(*models(pair), "--prompt", "cat", "--max-tokens", 2)[2]
 
 
 def test_default_models(call, pair, monkeypatch, tmp_path):

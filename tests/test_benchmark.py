@@ -1,0 +1,211 @@
+"""benchmark.py: its arithmetic, its table, and the models it compares with."""
+
+import fast_blas  # noqa: F401  (before mlx: see there)
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import DynamicCache, EncoderDecoderCache
+
+import benchmark
+import errors
+from benchmark import Answer, Cost, Variant
+from decoder import Stats
+from pair import Pair
+
+PROMPTS = ["the cat on", "cat sat", "a b c", "the the", "on sat e"]
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["benchmark.py", *map(str, arguments)])
+        status = errors.run(benchmark.main, "benchmark.py")
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_whole_run(call, make, tmp_path):
+    """Every variant in the table, its text the plain one, and the same in the JSON."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(f"{prompt}\t{prompt}" for prompt in PROMPTS))
+    status, out, err = call(
+        *("--model", make()[2], "--draft-model", make(noise=0.05)[2]),
+        *("--prompts", prompts, "--num-draft", "2,0,3", "--max-tokens", 12),
+        *("--baseline", "transformers", "--json", tmp_path / "figures.json"),
+    )
+    assert status == 0, err
+    names = ["num-draft 0", "num-draft 2", "num-draft 3", "transformers"]
+    lines = out.splitlines()
+    assert [line.split("  ")[0] for line in lines[1:]] == names
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["prompts"] == 5
+    rows = {row["name"]: row for row in figures["rows"]}
+    assert list(rows) == names
+    assert {row["equal"] for row in rows.values()} == {5}
+    assert len({row["bleu"] for row in rows.values()}) == 1
+    assert rows["num-draft 0"]["speedup"] == rows["num-draft 0"]["forwards"] == 1
+    for k in (2, 3):
+        row = rows[f"num-draft {k}"]
+        assert 0 < row["alpha"] <= 1
+        assert 1 < row["tokens_per_round"] <= k + 1
+        assert row["forwards"] == pytest.approx(row["tokens_per_round"])
+        assert row["low"] <= row["speedup"] <= row["high"]
+        assert min(row["c"], row["v"], row["expected"]) > 0
+
+
+@pytest.mark.parametrize("fields", [{}, {"num_decoder_layers": 3}, {"untied": True}])
+def test_their_model_is_ours(make, fields):
+    """The weights go back to transformers as they came, in float32."""
+    fields = dict(fields)
+    if fields.pop("untied", False):
+        oracle, _, folder = make(untied=True, feed_forward_proj="gated-gelu", **fields)
+    else:
+        oracle, _, folder = make(**fields)
+    theirs = benchmark.to_transformers(folder)
+    ids = torch.tensor([[5, 6, 7, 1]])
+    with torch.inference_mode():
+        expected = oracle(input_ids=ids, decoder_input_ids=ids).logits
+        logits = theirs(input_ids=ids, decoder_input_ids=ids).logits
+    assert torch.equal(logits, expected)
+
+
+def test_transformers_answers_as_generate_does(make):
+    oracle, _, folder = make()
+    pair = Pair.load(str(folder))
+    variant = benchmark.transformers_generate(pair, max_tokens=9)
+    ids = torch.tensor([pair.tokenizer.encode("the cat on")])
+    expected = oracle.generate(
+        ids,
+        do_sample=False,
+        max_new_tokens=9,
+        past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()),
+    )[0, 1:].tolist()
+    answer = variant.answer("the cat on")
+    assert answer.tokens == expected
+    assert answer.text == pair.tokenizer.decode(expected)
+    assert answer.seconds > 0
+
+
+def answers(seconds: list[float], **stats) -> list[Answer]:
+    return [Answer("", [3, 4], s, Stats(new_tokens=2, **stats)) for s in seconds]
+
+
+def test_speedup_is_a_quotient_of_sums():
+    base, other = answers([4.0, 2.0]), answers([1.0, 2.0])
+    ratio, low, high = benchmark.speedup(base, other)
+    assert ratio == 2.0
+    assert (low, high) == (1.0, 4.0)
+    same = benchmark.speedup(answers([3.0] * 50), answers([2.0] * 50))
+    assert same == (1.5, 1.5, 1.5)
+
+
+def test_expected_speedup_is_the_papers():
+    """At c = 0.02 and v = 1, alpha 0.75 and 7 draft tokens: the paper's 3.2 times."""
+    plain = answers([1.0] * 4, rounds=2)
+    drafted = answers([0.5] * 4, rounds=1, tested=4, accepted=3)
+    variant = Variant("num-draft 7", 7, lambda prompt: drafted[0])
+    cost = Cost(plain=1.0, verify=1.0, draft=0.14)
+    row = benchmark.summarise(variant, drafted, plain, [[]] * 4, cost)
+    assert row.alpha == 0.75
+    assert row.forwards == 2
+    expected = (1 - 0.75**8) / (0.25 * (7 * 0.02 + 1))
+    assert row.expected == pytest.approx(expected)
+    assert row.bleu is None
+    sure = answers([0.5] * 4, rounds=1, tested=4, accepted=4)
+    row = benchmark.summarise(variant, sure, plain, [[]] * 4, cost)
+    assert row.expected == pytest.approx(8 / 1.14)
+
+
+def test_variants_take_turns():
+    """The order rotates, and each prompt's seconds are the median of its repeats."""
+    asked = []
+
+    def variant(name: str, seconds: list[float]) -> Variant:
+        left = iter(seconds)
+
+        def answer(prompt: str) -> Answer:
+            asked.append(name)
+            return Answer("", [], next(left))
+
+        return Variant(name, None, answer)
+
+    # The first of each is the warm-up.
+    one = variant("a", [9, 1, 2, 9, 5, 5, 5])
+    two = variant("b", [9, 7, 8, 7, 1, 3, 2])
+    result = benchmark.measure([one, two], ["x", "y"], repeats=3)
+    assert [[a.seconds for a in its] for its in result] == [[2, 5], [7, 2]]
+    assert asked == list("ab" + "abbaab" + "baabba")
+
+
+def test_references_are_grouped_and_scored(tmp_path):
+    path = tmp_path / "prompts.tsv"
+    path.write_text("p\tthe cat sat on it\np\tit sat\nq\tall of us are here\n")
+    prompts = benchmark.read_prompts(path, None)
+    assert prompts == {
+        "p": ["the cat sat on it", "it sat"],
+        "q": ["all of us are here"],
+    }
+    references = list(prompts.values())
+    perfect = benchmark.sacrebleu(
+        ["the cat sat on it", "all of us are here"], references
+    )
+    assert perfect == pytest.approx(100)
+    assert benchmark.sacrebleu(["no", "no"], references) < 5
+    assert benchmark.sacrebleu(["a", "b"], [["a"], []]) is None
+    assert benchmark.read_prompts(path, 1).keys() == {"p"}
+    lines = tmp_path / "prompts.jsonl"
+    lines.write_text('{"prompt": "p", "reference": "r"}\n{"prompt": "q"}\n')
+    assert benchmark.read_prompts(lines, None) == {"p": ["r"], "q": []}
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("", "no prompts"),
+        ("a\n\nb\n", "line 2: an empty prompt"),
+        ('{"text": "x"}\n', "line 1: no JSON object"),
+        ('{"prompt": 3}\n', "line 1: no JSON object"),
+        ("{broken\n", "line 1: no JSON object"),
+    ],
+)
+def test_bad_prompt_files(call, tmp_path, text, words):
+    path = tmp_path / "prompts"
+    path.write_text(text)
+    status, out, err = call("--prompts", path)
+    assert (status, out) == (2, "")
+    assert words in err
+    assert err.count("\n") == 1
+
+
+def test_bad_flags(call, make, tmp_path):
+    for arguments, words in (
+        (["--num-draft", "x"], "neither a range"),
+        (["--num-draft", "4..2"], "neither a range"),
+        (["--repeats", "0"], "above 0"),
+        (["--prompts", tmp_path / "nowhere"], "cannot read"),
+    ):
+        status, out, err = call(*arguments)
+        assert (status, out) == (2, "")
+        assert words in err
+        assert err.count("\n") == 1
+    (tmp_path / "p").write_text("the cat\n")
+    status, _, err = call(
+        *("--model", make()[2], "--draft-model", "none", "--prompts", tmp_path / "p")
+    )
+    assert status == 2
+    assert "no draft to measure" in err
+
+
+def test_step_costs_are_of_the_right_steps(make):
+    """Drafting five tokens takes longer than one; no step is free."""
+    pair = Pair.load(str(make()[2]), str(make(noise=0.05)[2]))
+    one = benchmark.step_cost(pair, 1, "the cat on")
+    five = benchmark.step_cost(pair, 6, "the cat on")
+    assert five.draft > 2 * one.draft
+    assert all(math.isfinite(x) and x > 0 for x in vars(five).values())
+    assert np.isclose(one.plain, five.plain, rtol=3)

@@ -1,0 +1,128 @@
+"""The prompt loop, from a pipe and in a terminal."""
+
+import fast_blas  # noqa: F401  (before mlx: see there)
+
+import os
+import pty
+import select
+import subprocess
+import sys
+
+import pytest
+
+import main
+from pair import Pair
+
+PROMPT = "the cat on"
+
+
+@pytest.fixture(scope="module")
+def command(make):
+    models = ["--model", str(make()[2]), "--draft-model", str(make(noise=0.05)[2])]
+    return [sys.executable, main.__file__, *models, "--interactive"]
+
+
+def text_of(make, prompt: str, max_tokens: int) -> str:
+    pair = Pair.load(str(make()[2]), str(make(noise=0.05)[2]))
+    return pair.generate(prompt, max_tokens=max_tokens).finish().text
+
+
+def test_from_a_pipe(command, make):
+    """Answers alone on stdout; a bad line is answered and the loop goes on."""
+    lines = [":stats", PROMPT, "", ":stats", ":nothing", ":prefix the cat", "on", ":q"]
+    done = subprocess.run(
+        [*command, "--max-tokens", "12"],
+        input="\n".join([*lines, "after"]),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{text_of(make, PROMPT, 12)}\n" * 2
+    assert "nothing has been answered" in done.stderr
+    assert "12 tokens in" in done.stderr
+    assert "no :nothing" in done.stderr
+
+
+def test_errors_do_not_end_it(command):
+    done = subprocess.run(
+        [*command, "--max-tokens", "4"],
+        input=f"\udcff\n{PROMPT}\n".encode("utf-8", "surrogateescape"),
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"not valid UTF-8" in done.stderr
+    assert done.stdout.strip()
+
+
+def test_prompt_is_refused(command):
+    done = subprocess.run(
+        [*command, "--prompt", "x"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "--interactive" in done.stderr
+
+
+class Terminal:
+    """The program on a terminal of its own."""
+
+    def __init__(self, command: list[str]):
+        self._own, theirs = pty.openpty()
+        environment = os.environ | {"TERM": "dumb"}
+        self.process = subprocess.Popen(
+            command,
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            start_new_session=True,
+            env=environment,
+            preexec_fn=self._control,
+        )
+        os.close(theirs)
+        self.seen = ""
+        self._expected = 0
+
+    @staticmethod
+    def _control() -> None:
+        """Make the terminal the one whose Ctrl-C reaches the program."""
+        import fcntl
+        import termios
+
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    def type(self, text: str) -> None:
+        os.write(self._own, text.encode())
+
+    def expect(self, text: str) -> None:
+        """Wait for a text that comes after those expected before."""
+        while text not in self.seen[self._expected :]:
+            self.read()
+        self._expected = self.seen.index(text, self._expected) + len(text)
+
+    def read(self) -> None:
+        ready, _, _ = select.select([self._own], [], [], 60)
+        assert ready, f"nothing came after: {self.seen}"
+        self.seen += os.read(self._own, 1000).decode(errors="replace")
+
+
+def test_in_a_terminal(command):
+    """Ctrl-C stops an answer, then drops a line; Ctrl-D ends with status 0."""
+    terminal = Terminal([*command, "--max-tokens", "100000"])
+    terminal.expect("> ")
+    terminal.type(PROMPT + "\n")
+    terminal.expect("\n")
+    echoed = len(terminal.seen)
+    while len(terminal.seen) < echoed + 40:  # the answer streams
+        terminal.read()
+    terminal.type("\x03")
+    terminal.expect("stopped")
+    terminal.expect("> ")
+    terminal.type("half a li\x03")
+    terminal.expect("> ")
+    terminal.type(":stats\n")
+    terminal.expect("tokens in")
+    terminal.expect("> ")
+    terminal.type("\x04")
+    assert terminal.process.wait(timeout=60) == 0
+    assert "Traceback" not in terminal.seen

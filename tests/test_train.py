@@ -1,0 +1,310 @@
+"""The training script: what it learns from, how it resumes, what it saves."""
+
+import fast_blas  # noqa: F401  (before mlx: see there)
+
+import json
+import subprocess
+import sys
+from argparse import Namespace
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoTokenizer,
+    DynamicCache,
+    EncoderDecoderCache,
+    T5ForConditionalGeneration,
+)
+
+import convert
+from decoder import generate
+from demo import train
+from model import T5Session, load
+
+WORDS = ["ba", "be", "bi", "bo", "da", "de", "di", "do", "ga", "ge", "gi", "go"]
+
+
+def write_pairs(path: Path, lines: int = 500) -> Path:
+    """Words and the same words backwards: short, learnable, plenty."""
+    rng = np.random.default_rng(0)
+    with path.open("w") as file:
+        for _ in range(lines):
+            words = [WORDS[i] for i in rng.integers(0, 12, rng.integers(2, 6))]
+            file.write(f"{' '.join(words)}\t{' '.join(words[::-1])}\n")
+    return path
+
+
+SMALL = {
+    "vocabulary": 150,
+    "width": 64,
+    "decoder-layers": 2,
+    "encoder-layers": 1,
+    "batch": 32,
+    "minutes": 0.2,
+    "device": "cpu",
+}
+
+
+def arguments(output: Path, **changes) -> Namespace:
+    """The script's arguments for a small model, parsed."""
+    options = SMALL | {name.replace("_", "-"): value for name, value in changes.items()}
+    command = ["train.py", str(output.parent / "pairs.tsv"), "--output", str(output)]
+    for name, value in options.items():
+        command += [f"--{name}"] + ([] if value is True else [str(value)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", command)
+        return train.arguments()
+
+
+def run(output: Path, **changes) -> None:
+    """The whole script, on a clock that ticks 0.05 s at a look: no machine is slow."""
+    ticks = count()
+    args = arguments(output, **changes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "arguments", lambda: args)
+        patch.setattr(train, "HELD_OUT", 100)
+        patch.setattr(train, "time", Namespace(monotonic=lambda: next(ticks) / 20))
+        train.main()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with pairs and a target that the script has trained on them."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_pairs(folder / "pairs.tsv")
+    run(folder / "target")
+    return folder
+
+
+def log(folder: Path) -> list[dict]:
+    lines = (folder / "training/log.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_target_learns_and_runs_everywhere(trained):
+    records = log(trained / "target")
+    held_out = [r["held_out_loss"] for r in records if "held_out_loss" in r]
+    assert held_out[-1] < 2.0  # about log(23) = 3.1 without learning
+    oracle = T5ForConditionalGeneration.from_pretrained(trained / "target").eval()
+    tokenizer = AutoTokenizer.from_pretrained(trained / "target")
+    assert oracle.config.vocab_size == len(tokenizer)
+    convert.convert(trained / "target", trained / "mlx")
+    session = T5Session(load(trained / "mlx"))
+    for text in ("ba be", "go ge gi da"):
+        ids = tokenizer(text).input_ids
+        theirs = greedy(oracle, ids, 12)
+        commits = generate(session, None, [ids], eos_tokens={1}, max_tokens=12)
+        assert [t for commit in commits for t in commit.tokens] == theirs
+
+
+def greedy(oracle: T5ForConditionalGeneration, ids: list[int], most: int) -> list[int]:
+    """What transformers generates, without the start token."""
+    # Its own cache: generate() takes its depth from the encoder.
+    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    out = oracle.generate(
+        torch.tensor([ids]), do_sample=False, max_new_tokens=most, past_key_values=cache
+    )
+    return out[0, 1:].tolist()
+
+
+def test_distil_and_start_again(trained, capsys):
+    """A finished run that is started again has nothing left to do."""
+    options = {"teacher": trained / "target", "decoder_layers": 1, "minutes": 0.1}
+    run(trained / "draft", **options)
+    said = capsys.readouterr().err
+    assert "labelled" in said
+    assert "at temperature 1" in said
+    teacher = AutoTokenizer.from_pretrained(trained / "target")
+    draft = AutoTokenizer.from_pretrained(trained / "draft")
+    assert draft.get_vocab() == teacher.get_vocab()
+    T5ForConditionalGeneration.from_pretrained(trained / "draft")
+    before = (trained / "draft/model.safetensors").read_bytes()
+    run(trained / "draft", **options)
+    said = capsys.readouterr().err
+    assert "resumed at 0.1" in said
+    assert "labelled" not in said
+    assert (trained / "draft/model.safetensors").read_bytes() == before
+
+
+def test_killed_run_goes_on_with_its_loss_curve(trained, monkeypatch):
+    """Killed after its second save, a run starts where that left it, and ends."""
+    saves = count(1)
+    checkpoint = train.Trainer.checkpoint
+
+    def dying(self) -> None:
+        checkpoint(self)
+        if next(saves) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.Trainer, "checkpoint", dying)
+    with pytest.raises(KeyboardInterrupt):
+        run(trained / "killed", save_minutes=0.05)
+    killed = log(trained / "killed")[-1]
+    assert 0.05 * 60 < killed["seconds"] < 0.15 * 60
+    run(trained / "killed", save_minutes=0.05)
+    after = log(trained / "killed")[log(trained / "killed").index(killed) + 1 :]
+    assert after[0]["seconds"] > killed["seconds"]
+    assert after[0]["held_out_loss"] == pytest.approx(killed["held_out_loss"], abs=0.3)
+    assert after[-1]["seconds"] == pytest.approx(0.2 * 60, abs=0.2)
+
+
+def test_labels_are_the_teachers_greedy_text_and_probabilities(make):
+    teacher, folder, _ = make(num_decoder_layers=3)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    sources = ["the cat", "cat sat on the", "a b c", "the cat", "s e t"]
+    examples = train.from_teacher(
+        sources, teacher, tokenizer, torch.device("cpu"), max_tokens=40
+    )
+    seen = {}
+    for i in range(len(examples)):
+        first, last = examples.target_starts[i : i + 2]
+        begin, end = examples.source_starts[i : i + 2]
+        source, target = examples.sources[begin:end], examples.targets[first:last]
+        seen[tuple(source)] = target.tolist()
+        inputs = torch.tensor([[0, *target[:-1]]])
+        with torch.inference_mode():
+            logits = teacher(
+                input_ids=torch.tensor(source[None]).long(), decoder_input_ids=inputs
+            ).logits[0]
+        best = logits.softmax(-1).topk(train.TOP)
+        assert np.array_equal(best.indices[:, 0], target)
+        ours = examples.top_probs[first:last].astype(np.float32)
+        np.testing.assert_allclose(ours, best.values, atol=1e-3)
+        p = logits.softmax(-1)
+        chosen = p.gather(-1, torch.tensor(examples.top_ids[first:last]).long())
+        np.testing.assert_allclose(ours, chosen, atol=1e-3)
+    ended = 0
+    for ids in tokenizer(sorted(set(sources))).input_ids:
+        theirs = greedy(teacher, ids, 40)
+        ended += theirs[-1] == 1
+        assert seen.get(tuple(ids)) == (theirs if theirs[-1] == 1 else None)
+    assert 0 < ended == len(examples)
+
+
+def trainer(output: Path, examples, **changes) -> train.Trainer:
+    torch.manual_seed(0)
+    args = arguments(output, **changes)
+    tokenizer = AutoTokenizer.from_pretrained(output.parent / "target")
+    model = train.new_model(args, tokenizer)
+    return train.Trainer(model, examples, args, torch.device("cpu"))
+
+
+@pytest.fixture
+def examples(trained, monkeypatch):
+    monkeypatch.setattr(train, "HELD_OUT", 100)
+    tokenizer = AutoTokenizer.from_pretrained(trained / "target")
+    return train.from_text(train.read_columns(trained / "pairs.tsv", 2), tokenizer)
+
+
+def test_resumed_run_is_the_uninterrupted_one(trained, examples):
+    """Weights, both optimizers' momenta and the place in the data come back."""
+    whole = trainer(trained / "whole", examples)
+    batches = whole.batches()
+    losses = [whole.step(next(batches))[0] for _ in range(8)]
+
+    halved = trainer(trained / "halved", examples)
+    batches = halved.batches()
+    first = [halved.step(next(batches))[0] for _ in range(4)]
+    halved.save()
+    again = trainer(trained / "halved", examples)
+    assert again.resume()
+    batches = again.batches()
+    assert first + [again.step(next(batches))[0] for _ in range(4)] == losses
+    for one, other in zip(
+        whole.model.parameters(), again.model.parameters(), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
+def test_every_example_once_per_epoch(trained, examples):
+    one = trainer(trained / "order", examples)
+    order = train.epoch_order(examples, one.among, 32, seed=1)
+    flat = np.concatenate(order)
+    assert sorted(flat) == sorted(one.among)
+    assert not set(flat) & set(one.held_out)
+    other = np.concatenate(train.epoch_order(examples, one.among, 32, seed=2))
+    assert not np.array_equal(flat, other)
+
+
+def test_loss_is_cross_entropy_without_padding(trained, examples):
+    model = trainer(trained / "loss", examples).model
+    chosen = np.array([3, 77, 400])
+    batch = train.collate(examples, chosen, 0, torch.device("cpu"))
+    loss, tokens, hits, overlap = train.measure(model.requires_grad_(False), batch)
+    expected = right = mass = count = 0.0
+    for i in chosen:
+        source = examples.sources[slice(*examples.source_starts[i : i + 2])]
+        target = examples.targets[slice(*examples.target_starts[i : i + 2])]
+        logits = model(
+            input_ids=torch.tensor(source[None]).long(),
+            labels=torch.tensor(target[None]).long(),
+        ).logits[0]
+        gold = torch.tensor(target).long()
+        expected += torch.nn.functional.cross_entropy(logits, gold, reduction="sum")
+        right += int((logits.argmax(-1) == gold).sum())
+        mass += logits.softmax(-1).gather(-1, gold[:, None]).sum()
+        count += len(target)
+    assert int(tokens) == count
+    assert int(hits) == right
+    assert float(loss) == pytest.approx(float(expected), rel=1e-4)
+    assert float(overlap) == pytest.approx(float(mass), rel=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (16, 40), (40, 16)])
+def test_muon_steps_are_orthogonal(shape):
+    """All directions of a matrix move about as far, none of them uphill."""
+    torch.manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.randn(shape)) for _ in range(3)]
+    before = [p.detach().clone() for p in parameters]
+    for p in parameters:
+        p.grad = torch.randn(shape)
+    optimizer = train.Muon(parameters)
+    optimizer.param_groups[0]["lr"] = 1.0
+    optimizer.step()
+    for p, old in zip(parameters, before, strict=True):
+        step = (old - p.detach()) / (0.2 * max(shape) ** 0.5)
+        values = torch.linalg.svdvals(step)
+        assert values.min() > 0.3
+        assert values.max() < 1.3
+        assert (step * p.grad).sum() > 0
+
+
+def test_t5_1_1_keeps_its_own_head(trained):
+    """transformers 5 ties every T5: saved and loaded, the head is still another."""
+    tokenizer = AutoTokenizer.from_pretrained(trained / "target")
+    model = train.new_model(arguments(trained / "v1.1", v1_1=True), tokenizer).eval()
+    model.save_pretrained(trained / "v1.1")
+    tokenizer.save_pretrained(trained / "v1.1")
+    again = T5ForConditionalGeneration.from_pretrained(trained / "v1.1").eval()
+    ids = torch.tensor([[5, 6, 7, 1]])
+    with torch.inference_mode():
+        logits = model(input_ids=ids, decoder_input_ids=ids).logits
+        loaded = again(input_ids=ids, decoder_input_ids=ids).logits
+    assert torch.equal(logits, loaded)
+    assert not torch.equal(model.lm_head.weight, model.shared.weight)
+    assert logits.std() < 2
+    convert.convert(trained / "v1.1", trained / "v1.1-mlx")
+    session = T5Session(load(trained / "v1.1-mlx"))
+    session.start([ids[0].tolist()])
+    import mlx.core as mx
+
+    ours = np.array(session.extend(mx.array(ids.numpy().astype(np.int32))))
+    np.testing.assert_allclose(ours, logits.numpy(), atol=1e-4)
+
+
+def test_bad_files(tmp_path):
+    def said(text: str) -> str:
+        (tmp_path / "pairs.tsv").write_text(text)
+        command = [sys.executable, train.__file__, str(tmp_path / "pairs.tsv")]
+        command += ["--output", str(tmp_path / "out")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 2, done.stderr
+        assert not (tmp_path / "out").exists()
+        return done.stderr.splitlines()[-1]
+
+    assert said("a\tb\n" * 10).startswith("train.py: ")
+    assert "10 lines are too few" in said("a\tb\n" * 10)
+    assert "line 3:" in said("a\tb\n" * 2 + "only one\n" + "a\tb\n" * 1200)
