@@ -42,10 +42,16 @@ $(VENV)/dev: requirements-dev.txt requirements.txt | $(BIN)/python
 	@$(BIN)/python -m pip install --quiet --requirement $<
 	@touch $(VENV)/run $@
 
+# Made anew when it does not run, after an upgrade of the Python it was made from say.
+ifneq ($(shell $(BIN)/python -c 'print(1)' 2>/dev/null),1)
+.PHONY: $(BIN)/python
+$(VENV)/run $(VENV)/dev: $(BIN)/python
+endif
+
 $(BIN)/python:
 	@$(or $(PYTHON),false) -c '$(SUPPORTED)' 2>/dev/null || \
 	  { echo "Python 3.10 to 3.14 is needed: make PYTHON=/path/to/python3.12 ..." >&2; exit 2; }
-	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 2; }
+	@$(PYTHON) -m venv --clear $(VENV) || { rm -rf $(VENV); exit 2; }
 
 clean:
 	rm -rf $(VENV)

@@ -3,11 +3,11 @@
     python benchmark.py [--model NAME --draft-model NAME] [--prompts FILE]
         [--num-draft 0..8] [--baseline transformers]
 
-Every variant answers every prompt, one after the other and in an order that rotates, so
-that a machine that slows down slows all of them. A prompt's seconds, encoding included,
-are the median of its repeats; a speed-up is the quotient of two sums over all prompts,
-with a 95 % bootstrap interval over prompts. The baseline is the same loop with no draft
-tokens.
+Every variant answers every prompt, one after the other and in an order that is drawn
+for each, so that a machine that slows down slows all of them. A prompt's seconds,
+encoding included, are the median of its repeats; a speed-up is the quotient of two sums
+over all prompts, with a 95 % bootstrap interval over prompts. The baseline is the same
+loop with no draft tokens.
 
 With translations to compare with in the file (a tab after the prompt, then one), there
 is a column of sacreBLEU: a prompt's lines together are its references.
@@ -36,6 +36,7 @@ from tqdm import tqdm
 from decoder import MAX_TOKENS, Stats
 from errors import InputError, Parser, run
 from main import load_pair, say
+from model import T5
 from pair import Pair
 
 PROMPTS = Path(__file__).resolve().parent / "demo" / "test.tsv"
@@ -124,7 +125,10 @@ def ours(pair: Pair, num_draft: int, max_tokens: int) -> Variant:
 
 
 def transformers_generate(pair: Pair, max_tokens: int) -> Variant:
-    """PyTorch transformers' greedy ``generate`` on the same weights, in float32."""
+    """transformers' greedy ``generate`` on the same weights, in float32.
+
+    On a GPU where PyTorch knows the one that MLX uses.
+    """
     try:
         import torch
         from transformers import DynamicCache, EncoderDecoderCache
@@ -133,7 +137,15 @@ def transformers_generate(pair: Pair, max_tokens: int) -> Variant:
             "--baseline transformers needs torch: pip install torch"
         ) from None
 
-    reference = to_transformers(pair.folder)
+    device = torch.device("cpu")
+    if mx.default_device() == mx.gpu:
+        if torch.cuda.is_available():
+            device = torch.device("cuda")
+        elif torch.backends.mps.is_available():
+            device = torch.device("mps")
+    model = pair.target.model
+    reference = to_transformers(model, pair.folder).to(device)
+    end = sorted(model.config.eos_tokens)
     # transformers would emit rows that no token stands for.
     rows = reference.config.vocab_size
     size = min(pair.tokenizer.size, rows)
@@ -141,7 +153,7 @@ def transformers_generate(pair: Pair, max_tokens: int) -> Variant:
 
     def answer(prompt: str) -> Answer:
         began = time.perf_counter()
-        ids = torch.tensor([pair.tokenizer.encode(prompt)])
+        ids = torch.tensor([pair.tokenizer.encode(prompt)], device=device)
         with torch.inference_mode():
             out = reference.generate(
                 input_ids=ids,
@@ -150,6 +162,8 @@ def transformers_generate(pair: Pair, max_tokens: int) -> Variant:
                 do_sample=False,
                 num_beams=1,
                 suppress_tokens=banned,
+                eos_token_id=end,
+                decoder_start_token_id=model.config.start_token,
                 # Its own cache: generate() takes its depth from the encoder.
                 past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()),
             )
@@ -157,19 +171,17 @@ def transformers_generate(pair: Pair, max_tokens: int) -> Variant:
         text = pair.tokenizer.decode(tokens)
         return Answer(text, tokens, time.perf_counter() - began)
 
-    return Variant("transformers", None, answer)
+    return Variant(f"transformers, {device.type}", None, answer)
 
 
-def to_transformers(folder: Path) -> Any:
-    """The converted model in ``folder`` as transformers' T5, in float32."""
+def to_transformers(model: T5, folder: Path) -> Any:
+    """The model that was loaded from ``folder`` as transformers' T5, in float32."""
     import torch
     from transformers import T5Config as TheirConfig
     from transformers import T5ForConditionalGeneration
 
     from convert import recipe
-    from model import load
 
-    model = load(folder)
     config = TheirConfig.from_pretrained(folder)
     tied = "head" not in model
     config.scale_decoder_outputs = model.config.scale_outputs
@@ -198,11 +210,12 @@ def measure(
     for variant in variants:
         variant.answer(prompts[0])
     answers: list[list[Answer]] = [[] for _ in variants]
-    for number, prompt in enumerate(tqdm(prompts, unit="prompt", disable=None)):
+    rng = np.random.default_rng(0)
+    for prompt in tqdm(prompts, unit="prompt", disable=None):
         runs: list[list[Answer]] = [[] for _ in variants]
-        for repeat in range(repeats):
-            for place in range(len(variants)):
-                which = (place + number + repeat) % len(variants)
+        for _ in range(repeats):
+            for which in rng.permutation(len(variants)):
+                mx.synchronize()  # what a variant may have left queued on a GPU
                 runs[which].append(variants[which].answer(prompt))
         for which, its in enumerate(runs):
             seconds = statistics.median(run.seconds for run in its)
@@ -368,11 +381,13 @@ def read_prompts(path: Path, limit: int | None) -> dict[str, list[str]]:
         InputError: the file cannot be read, or a line is none of these.
     """
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {error}") from None
     prompts: dict[str, list[str]] = {}
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         prompt, _, reference = line.partition("\t")
         if line.startswith("{"):
             try:
@@ -443,6 +458,7 @@ def main() -> None:
     args = parse_arguments()
     references = read_prompts(args.prompts, args.limit)
     prompts = list(references)
+    sacrebleu(prompts, list(references.values()))  # if it is missing, say so now
     args.regular_decode = False
     pair = load_pair(args)
     if pair.drafter is None:

@@ -37,6 +37,8 @@ def converse(
     """
     with suppress(ImportError):  # not on every system
         import readline  # noqa: F401  (gives input() line editing and a history)
+    # Bytes that are not UTF-8 are named as the prompt that they are in.
+    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if terminal:
         say(":help says what there is; Ctrl-D leaves")
@@ -71,9 +73,11 @@ def converse(
             say(f"there is no {command}: :help says what there is")
         else:
             try:
-                last = answer(prefix + line)
-                write(last)
-            except KeyboardInterrupt:
-                say("stopped")
+                current = answer(prefix + line)
+                try:
+                    write(current)
+                except KeyboardInterrupt:
+                    say("stopped")
+                last = current
             except InputError as error:
                 say(str(error))

@@ -228,11 +228,14 @@ def compare(answer: Callable[[int], "Generation"], num_draft: int) -> None:
     from statistics import median
     from time import perf_counter
 
+    import mlx.core as mx
+
     began = perf_counter()
     seconds: dict[int, list[float]] = {num_draft: [], 0: []}
     texts = {}
     while not texts or (perf_counter() - began < 1 and len(seconds[0]) < 15):
         for count, its in seconds.items():
+            mx.synchronize()  # a GPU may still be at what the run before queued
             start = perf_counter()
             texts[count] = answer(count).finish().text
             its.append(perf_counter() - start)
@@ -258,8 +261,8 @@ def main() -> None:
     arguments = parse_arguments()
     from decoder import check_options
 
-    if arguments.interactive and arguments.prompt is not None:
-        raise InputError("--interactive asks for prompts: leave --prompt out")
+    if arguments.interactive and (arguments.prompt is not None or arguments.compare):
+        raise InputError("--interactive goes with neither --prompt nor --compare")
     check_options(arguments.max_tokens, arguments.num_draft, arguments.delta)
 
     import fast_blas
@@ -284,7 +287,7 @@ def main() -> None:
     if arguments.interactive:
         from interactive import converse
 
-        bundled = pair.folder == BUNDLED[0]
+        bundled = pair.folder.resolve() == BUNDLED[0]
         converse(
             answer,
             write,

@@ -9,11 +9,15 @@ languages. ``--held-out`` names files of English sentences; the pairs whose Engl
 is in one are written to a file of that name, all others to ``train.tsv``.
 """
 
-import argparse
 import sys
 import unicodedata
 import zipfile
+from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from errors import InputError, Parser, run
 
 LANGUAGES = {"deu": "German", "fra": "French", "ron": "Romanian"}
 
@@ -24,16 +28,29 @@ def normalise(text: str) -> str:
 
 
 def pairs(archive: Path) -> tuple[str, list[tuple[str, str]]]:
-    """The language of an archive and its (English, translation) pairs, as stored."""
+    """The language of an archive and its (English, translation) pairs, normalised.
+
+    Raises:
+        InputError: it is no archive of a language that is known here.
+    """
     code = archive.name.split("-")[0]
-    with zipfile.ZipFile(archive) as file:
-        lines = file.read(f"{code}.txt").decode("utf-8").splitlines()
-    return LANGUAGES[code], [tuple(line.split("\t")[:2]) for line in lines]
+    if code not in LANGUAGES:
+        known = ", ".join(f"{each}-eng.zip" for each in LANGUAGES)
+        raise InputError(f"{archive} is none of {known}")
+    try:
+        with zipfile.ZipFile(archive) as file:
+            lines = file.read(f"{code}.txt").decode("utf-8").split("\n")
+    except (OSError, zipfile.BadZipFile, KeyError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {archive}: {error}") from None
+    columns = [line.split("\t") for line in lines if "\t" in line]
+    return LANGUAGES[code], [(normalise(row[0]), normalise(row[1])) for row in columns]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = Parser(
+        prog="tatoeba.py",
+        description=__doc__,
+        formatter_class=RawDescriptionHelpFormatter,
     )
     parser.add_argument("archives", type=Path, nargs="+", help="deu-eng.zip, …")
     parser.add_argument("--held-out", type=Path, nargs="+", required=True)
@@ -42,9 +59,13 @@ def main() -> None:
     args = parser.parse_args()
 
     held_out = {
-        path.name.split(".")[0]: set(path.read_text("utf-8").splitlines())
+        path.name.split(".")[0]: {
+            normalise(line) for line in path.read_text("utf-8").split("\n")
+        }
         for path in args.held_out
     }
+    if len(held_out) < len(args.held_out) or "train" in held_out:
+        raise InputError("the held-out files need different names, and not 'train'")
     splits: dict[str, list[str]] = {name: [] for name in ["train", *held_out]}
     for archive in args.archives:
         language, rows = pairs(archive)
@@ -52,10 +73,10 @@ def main() -> None:
             if args.max_words and len(english.split()) > args.max_words:
                 continue
             split = next(
-                (n for n, held in held_out.items() if english in held), "train"
+                (name for name, held in held_out.items() if english in held), "train"
             )
-            source = f"translate English to {language}: {normalise(english)}"
-            splits[split].append(f"{source}\t{normalise(translation)}\n")
+            source = f"translate English to {language}: {english}"
+            splits[split].append(f"{source}\t{translation}\n")
     args.output.mkdir(parents=True, exist_ok=True)
     for name, lines in splits.items():
         (args.output / f"{name}.tsv").write_text("".join(lines), "utf-8")
@@ -63,4 +84,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main, "tatoeba.py"))

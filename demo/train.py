@@ -13,20 +13,21 @@ probable tokens), which is what speculative decoding rewards: DistillSpec, arXiv
 
 Both end as a Hugging Face folder (transformers loads it, convert.py converts it). What
 a run needs to go on after it was killed is kept in ``training/`` in that folder: start
-the same command again. The learning rate follows the time that was spent, so the budget
-is always spent on a whole schedule; held-out loss and accuracy are printed at every
-save.
+the same command again. (Labelling is saved when it is complete.) The learning rate
+follows the time that was spent, so the budget is always spent on a whole schedule;
+held-out loss and accuracy are printed at every save.
 """
 
-import argparse
 import ctypes
+import hashlib
 import json
 import sys
 import time
+from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -36,16 +37,21 @@ from transformers import (
     AutoTokenizer,
     DynamicCache,
     EncoderDecoderCache,
+    GenerationConfig,
     PreTrainedTokenizerBase,
     T5Config,
     T5ForConditionalGeneration,
     T5Tokenizer,
 )
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from errors import InputError, Parser, run
+
 HELD_OUT = 1000  # examples kept from training, to measure on
 SENTINELS = 100  # <extra_id_0> …, as every T5 has them
 TOP = 8  # how many of the teacher's probabilities are kept per position
-LABEL_BATCH = 256  # sources that the teacher answers at once
+LABEL_TOKENS = 8192  # source tokens that the teacher answers at once
 WARM_UP = 0.03  # share of the budget in which the learning rate rises
 
 
@@ -96,16 +102,29 @@ def flat(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_columns(path: Path, columns: int) -> list[list[str]]:
-    """The first columns of a tab-separated file; lines with fewer stop the program."""
-    rows = [line.split("\t") for line in path.read_text("utf-8").splitlines()]
-    for number, row in enumerate(rows, 1):
-        if len(row) < columns or not all(row[:columns]):
-            fail(
-                f"{path}, line {number}: {columns} columns with a tab between expected"
-            )
-    if len(rows) <= HELD_OUT:
-        fail(f"{path}: {len(rows)} lines are too few: {HELD_OUT} of them are held out")
-    return [row[:columns] for row in rows]
+    """The first columns of a tab-separated file, empty lines left out.
+
+    Raises:
+        InputError: it cannot be read, a line has fewer columns, or there are too few
+            different sources.
+    """
+    try:
+        lines = path.read_text("utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path}: {error}") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        row = line.split("\t")[:columns]
+        if line.strip():
+            if len(row) < columns or not all(map(str.strip, row)):
+                raise InputError(f"{path}, line {number}: no source, tab and target")
+            rows.append(row)
+    sources = len({row[0] for row in rows})
+    if sources <= HELD_OUT:
+        raise InputError(
+            f"{path}: {sources} different sources are too few: {HELD_OUT} are held out"
+        )
+    return rows
 
 
 def learn_tokenizer(
@@ -113,18 +132,21 @@ def learn_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """A SentencePiece unigram tokenizer of the rows' text, in T5's conventions."""
     output.mkdir(parents=True, exist_ok=True)
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([text for row in rows for text in row]),
-        model_prefix=str(output / "spiece"),
-        vocab_size=size - SENTINELS,
-        hard_vocab_limit=False,  # fewer pieces, where the text has no more
-        character_coverage=1.0,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        minloglevel=2,
-    )
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([text for row in rows for text in row]),
+            model_prefix=str(output / "spiece"),
+            vocab_size=size - SENTINELS,
+            hard_vocab_limit=False,  # fewer pieces, where the text has no more
+            character_coverage=1.0,
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise InputError(f"no tokenizer with --vocabulary {size}: {error}") from None
     return T5Tokenizer.from_pretrained(output, extra_ids=SENTINELS)
 
 
@@ -148,57 +170,67 @@ def from_teacher(
 ) -> Examples:
     """Examples whose targets are the teacher's greedy output, with its probabilities.
 
-    Answers that did not end within ``max_tokens`` are left out: most are loops.
+    Ids that the tokenizer has no token for are never written. Answers that did not end
+    within ``max_tokens`` are left out: most are loops.
+
+    Raises:
+        InputError: the teacher ended none, or its logits are not finite.
     """
-    start = teacher.config.decoder_start_token_id
-    end = teacher.generation_config.eos_token_id
-    ends = torch.tensor(end if isinstance(end, list) else [end], device=device)
-    ids = sorted(tokenizer(sorted(set(sources))).input_ids, key=len)
+    vocabulary = used_ids(tokenizer, teacher.config.vocab_size)
+    ban = torch.full((1 + max(vocabulary),), -torch.inf, device=device)
+    ban[vocabulary] = 0
+    special = special_ids(teacher.config, teacher.generation_config)
+    ends = torch.tensor(special["eos_token_id"], device=device).reshape(-1)
+    # The longest first: if memory does not do, that shows at once.
+    ids = sorted(tokenizer(sorted(set(sources))).input_ids, key=len, reverse=True)
     rows, targets, top_ids, top_probs = [], [], [], []
-    began = time.monotonic()
-    for first in range(0, len(ids), LABEL_BATCH):
-        chunk = ids[first : first + LABEL_BATCH]
+    began = said = time.monotonic()
+    done = 0
+    while done < len(ids):
+        chunk = ids[done : done + max(LABEL_TOKENS // len(ids[done]), 1)]
         inputs, mask = padded(chunk, device)
         # Its own cache: generate() takes its depth from the encoder.
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
         encoded = teacher.encoder(input_ids=inputs, attention_mask=mask)
-        tokens = torch.full((len(chunk), 1), start, device=device)
-        open_rows = torch.ones(len(chunk), dtype=torch.bool, device=device)
-        written, best_ids, best_probs = [], [], []
-        while open_rows.any() and len(written) < max_tokens:
+        tokens = torch.full(
+            (len(chunk), 1), special["decoder_start_token_id"], device=device
+        )
+        unfinished = torch.ones(len(chunk), dtype=torch.bool, device=device)
+        best_ids, best_probs = [], []
+        while unfinished.any() and len(best_ids) < max_tokens:
             logits = teacher(
                 encoder_outputs=encoded,
                 attention_mask=mask,
                 decoder_input_ids=tokens,
                 past_key_values=cache,
                 use_cache=True,
-            ).logits[:, -1]
-            best = softmax(logits.float(), -1).topk(TOP)
+            ).logits[:, -1, : len(ban)]
+            best = softmax(logits + ban, -1).topk(TOP)
             tokens = best.indices[:, :1]
-            written.append(tokens[:, 0])
             best_ids.append(best.indices)
             best_probs.append(best.values)
-            open_rows &= ~torch.isin(tokens[:, 0], ends)
-        written = torch.stack(written, 1)
-        done = torch.isin(written, ends)
-        lengths = (done.int().argmax(1) + 1).tolist()
+            unfinished &= ~torch.isin(tokens[:, 0], ends)
+        ended = torch.isin(torch.stack(best_ids, 1)[..., 0], ends)
+        lengths = (ended.int().argmax(1) + 1).tolist()
         best_ids = torch.stack(best_ids, 1).cpu().numpy().astype(np.int32)
         best_probs = torch.stack(best_probs, 1).cpu().numpy().astype(np.float16)
-        finished = done.any(1).tolist()
-        written = written.tolist()
-        for i, length in enumerate(lengths):
-            if finished[i]:
-                rows.append(chunk[i])
-                targets.append(written[i][:length])
-                top_ids.append(best_ids[i, :length])
-                top_probs.append(best_probs[i, :length])
-        spent = time.monotonic() - began
-        left = spent / (first + len(chunk)) * (len(ids) - first - len(chunk))
-        say(
-            f"labelled {first + len(chunk):,} of {len(ids):,}, {left / 60:.1f} min left"
-        )
+        if not np.isfinite(best_probs).all():
+            raise InputError("the teacher's logits are not finite: it is damaged")
+        for i in np.flatnonzero(ended.any(1).cpu().numpy()):
+            rows.append(chunk[i])
+            targets.append(best_ids[i, : lengths[i], 0].tolist())
+            top_ids.append(best_ids[i, : lengths[i]])
+            top_probs.append(best_probs[i, : lengths[i]])
+        done += len(chunk)
+        now = time.monotonic()
+        if now - said >= 10 or done == len(ids):
+            said = now
+            left = (now - began) / done * (len(ids) - done) / 60
+            say(f"labelled {done:,} of {len(ids):,}, {left:.1f} min left at most")
     if not rows:
-        fail(f"the teacher ended none of its answers within {max_tokens} tokens")
+        raise InputError(
+            f"the teacher ended none of its answers within {max_tokens} tokens"
+        )
     flat_sources, source_starts = flat(rows)
     flat_targets, target_starts = flat(targets)
     return Examples(
@@ -209,6 +241,26 @@ def from_teacher(
         np.concatenate(top_ids),
         np.concatenate(top_probs),
     )
+
+
+def used_ids(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[int]:
+    """The ids below ``rows`` that stand for a token: T5's embedding has more rows."""
+    return sorted(i for i in set(tokenizer.get_vocab().values()) if i < rows)
+
+
+def special_ids(config: T5Config, generation: Any) -> dict[str, Any]:
+    """Start, padding and end-of-sequence ids of a T5, as generation takes them."""
+
+    def first(name: str, *others: Any) -> Any:
+        found = (getattr(generation, name, None), getattr(config, name, None), *others)
+        return next(value for value in found if value is not None)
+
+    pad = first("pad_token_id", 0)
+    return {
+        "pad_token_id": pad,
+        "decoder_start_token_id": first("decoder_start_token_id", pad),
+        "eos_token_id": first("eos_token_id", 1),
+    }
 
 
 def padded(
@@ -292,6 +344,19 @@ def measure(
     return loss, (batch.targets >= 0).sum(), hits, overlap
 
 
+def split(examples: Examples, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which examples are held out and which not: all of a source, or none."""
+    starts = examples.source_starts
+    groups: dict[bytes, list[int]] = {}
+    for i in range(len(examples)):
+        source = examples.sources[starts[i] : starts[i + 1]]
+        groups.setdefault(source.tobytes(), []).append(i)
+    order = np.random.default_rng(seed).permutation(len(groups))
+    members = list(groups.values())
+    held_out = np.array([i for g in order[:HELD_OUT] for i in members[g]])
+    return held_out, np.setdiff1d(np.arange(len(examples)), held_out)
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal, for the matrices between the layers.
 
@@ -349,7 +414,7 @@ class Trainer:
         self,
         model: T5ForConditionalGeneration,
         examples: Examples,
-        args: argparse.Namespace,
+        args: Namespace,
         device: torch.device,
     ):
         self.model = model.to(device)
@@ -359,9 +424,7 @@ class Trainer:
         self.elapsed = 0.0  # seconds of training, over all runs
         self.epoch = 0
         self.batch = 0  # within the epoch
-        rng = np.random.default_rng(args.seed)
-        order = rng.permutation(len(examples))
-        self.held_out, self.among = order[:HELD_OUT], order[HELD_OUT:]
+        self.held_out, self.among = split(examples, args.seed)
         embedding = model.get_input_embeddings().weight
         head = model.get_output_embeddings().weight
         matrices, others = [], []
@@ -499,11 +562,6 @@ class Trainer:
             file.write(json.dumps(record) + "\n")
 
 
-def fail(message: str) -> NoReturn:
-    print(f"train.py: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
 def say(line: str) -> None:
     """One line of progress: on a terminal it replaces the one before."""
     end = "" if sys.stderr.isatty() and not line.endswith("\n") else "\n"
@@ -521,11 +579,16 @@ def keep_memory() -> None:
 
 
 def new_model(
-    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase
+    args: Namespace, vocabulary: int, special: dict[str, Any]
 ) -> T5ForConditionalGeneration:
-    """A T5 with random weights and the shape that the arguments give."""
+    """A T5 with random weights and the shape that the arguments give.
+
+    Args:
+        vocabulary: rows of the embedding.
+        special: as :func:`special_ids` gives them.
+    """
     config = T5Config(
-        vocab_size=len(tokenizer),
+        vocab_size=vocabulary,
         d_model=args.width,
         d_kv=64,
         num_heads=max(args.width // 64, 1),
@@ -535,22 +598,22 @@ def new_model(
         feed_forward_proj="gated-gelu" if args.v1_1 else "relu",
         tie_word_embeddings=not args.v1_1,
         dropout_rate=0.0,
-        decoder_start_token_id=0,
-        pad_token_id=0,
-        eos_token_id=1,
+        **special,
     )
     model = T5ForConditionalGeneration(config)
     if args.v1_1:
         # transformers 5 ties the head whatever the config says.
-        head = torch.randn(len(tokenizer), args.width) * args.width**-0.5
+        head = torch.randn(vocabulary, args.width) * args.width**-0.5
         model.lm_head.weight = torch.nn.Parameter(head)
         model.config.tie_word_embeddings = False
     return model
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def arguments() -> Namespace:
+    parser = Parser(
+        prog="train.py",
+        description=__doc__,
+        formatter_class=RawDescriptionHelpFormatter,
     )
     parser.add_argument("text", type=Path, help="source, tab, target: one pair a line")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
@@ -573,28 +636,90 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--device", help="cuda, mps or cpu (default: the best there is)"
     )
-    return parser.parse_args()
+    args = parser.parse_args()
+    for name, value in vars(args).items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            least = 0 if name == "seed" else 1e-9
+            if not value >= least:
+                flag = name.replace("_", "-")
+                raise InputError(f"--{flag} is {value}: it has to be above 0")
+    return args
 
 
-def best_device() -> torch.device:
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+def choose_device(name: str | None) -> torch.device:
+    if name is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"no device '{name}' here: {reason}") from None
 
 
-def labelled(
-    args: argparse.Namespace,
-    tokenizer: PreTrainedTokenizerBase,
-    device: torch.device,
+def describe(args: Namespace) -> dict[str, Any]:
+    """What a run has to have in common with the one that it goes on with."""
+    free = {"output", "text", "teacher", "minutes", "save_minutes", "device"}
+    description = {k: v for k, v in vars(args).items() if k not in free}
+    try:
+        description["text"] = hashlib.sha256(args.text.read_bytes()).hexdigest()
+    except OSError as error:
+        raise InputError(f"cannot read {args.text}: {error}") from None
+    if args.teacher:
+        weights = sorted(args.teacher.glob("*.safetensors"))
+        weights += sorted(args.teacher.glob("pytorch_model*.bin"))
+        if not weights or not (args.teacher / "config.json").is_file():
+            raise InputError(
+                f"{args.teacher} is no Hugging Face checkpoint: no config.json with "
+                f"*.safetensors or pytorch_model*.bin"
+            )
+        # Not their bytes, which may be many: a file's size and time.
+        stats = [path.stat() for path in weights]
+        description["teacher"] = [[s.st_size, s.st_mtime_ns] for s in stats]
+    return description
+
+
+def begin(args: Namespace) -> bool:
+    """Make the output folder, or recognise it as this run's own; true if it is.
+
+    Raises:
+        InputError: the folder holds something else, or another run.
+    """
+    record = args.output / "training" / "run.json"
+    description = describe(args)
+    if record.is_file():
+        before = json.loads(record.read_text("utf-8"))
+        other = sorted(k for k in description if description[k] != before.get(k))
+        if other:
+            raise InputError(
+                f"{args.output} holds another run, with a different "
+                f"{', '.join(other).replace('_', '-')}: give another --output"
+            )
+        return True
+    if args.output.exists() and (
+        not args.output.is_dir() or any(args.output.iterdir())
+    ):
+        raise InputError(f"{args.output} exists and is no run of this: it stays")
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps(description) + "\n", "utf-8")
+    return False
+
+
+def labels(
+    args: Namespace, tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> Examples:
     """The teacher's answers, from ``training/labels.npz`` if they are there already."""
     path = args.output / "training" / "labels.npz"
     if path.exists():
         return Examples(**np.load(path))
-    teacher = T5ForConditionalGeneration.from_pretrained(args.teacher).to(device).eval()
     sources = [row[0] for row in read_columns(args.text, 1)]
+    # In float32 as on our CPUs: rounded logits would tie, and float16 overflow.
+    teacher = T5ForConditionalGeneration.from_pretrained(
+        args.teacher, dtype=torch.float32
+    )
+    teacher = teacher.to(device).eval()
     examples = from_teacher(sources, teacher, tokenizer, device, args.max_tokens)
-    path.parent.mkdir(parents=True, exist_ok=True)
     np.savez(path.with_suffix(".new.npz"), **vars(examples))
     path.with_suffix(".new.npz").replace(path)
     return examples
@@ -602,40 +727,45 @@ def labelled(
 
 def main() -> None:
     args = arguments()
-    device = torch.device(args.device) if args.device else best_device()
+    device = choose_device(args.device)
     if device.type == "cpu":
         keep_memory()
         # Before any thread is started: they inherit it. Gradients of attention that has
         # made up its mind are denormal, which halves the speed of a CPU.
         torch.set_flush_denormal(True)
     torch.manual_seed(args.seed)
+    rows = None if args.teacher else read_columns(args.text, 2)
+    resumed = begin(args)
     if args.teacher:
+        config = T5Config.from_pretrained(args.teacher)
+        generation = None
+        if (args.teacher / "generation_config.json").is_file():
+            generation = GenerationConfig.from_pretrained(args.teacher)
+        special = special_ids(config, generation)
         tokenizer = AutoTokenizer.from_pretrained(args.teacher)
-        examples = labelled(args, tokenizer, device)
+        vocabulary = 1 + used_ids(tokenizer, config.vocab_size)[-1]
+        examples = labels(args, tokenizer, device)
     else:
-        rows = read_columns(args.text, 2)
-        if (args.output / "training").exists():
+        special = special_ids(T5Config(decoder_start_token_id=0), None)
+        if resumed and (args.output / "tokenizer.json").is_file():
             tokenizer = AutoTokenizer.from_pretrained(args.output)
         else:
             tokenizer = learn_tokenizer(rows, args.vocabulary, args.output)
+        vocabulary = len(tokenizer)
         examples = from_text(rows, tokenizer)
-    if len(examples) <= HELD_OUT:
-        fail(f"{len(examples)} examples are too few: {HELD_OUT} of them are held out")
-    model = new_model(args, tokenizer)
     tokenizer.save_pretrained(args.output)
-    trainer = Trainer(model, examples, args, device)
+    trainer = Trainer(new_model(args, vocabulary, special), examples, args, device)
+    if not len(trainer.among):
+        raise InputError(f"{len(examples)} examples are too few: all are held out")
     say(
-        f"{model.num_parameters() / 1e6:.2f} M parameters, {len(examples):,} examples, "
-        f"{len(examples.targets):,} target tokens, on {device}\n"
+        f"{trainer.model.num_parameters() / 1e6:.2f} M parameters, {len(examples):,} "
+        f"examples, {len(examples.targets):,} target tokens, on {device}\n"
     )
     if trainer.resume():
         say(f"resumed at {trainer.elapsed / 60:.1f} of {args.minutes:g} minutes\n")
     trainer.run()
-    model.save_pretrained(args.output)
+    trainer.model.save_pretrained(args.output)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sys.exit(run(main, "train.py"))

@@ -5,6 +5,7 @@ import fast_blas  # noqa: F401  (before mlx: see there)
 import json
 import subprocess
 import sys
+import zipfile
 from argparse import Namespace
 from itertools import count
 from pathlib import Path
@@ -21,7 +22,8 @@ from transformers import (
 
 import convert
 from decoder import generate
-from demo import train
+from demo import tatoeba, train
+from errors import InputError
 from model import T5Session, load
 
 WORDS = ["ba", "be", "bi", "bo", "da", "de", "di", "do", "ga", "ge", "gi", "go"]
@@ -46,6 +48,9 @@ SMALL = {
     "minutes": 0.2,
     "device": "cpu",
 }
+
+
+SPECIAL = {"pad_token_id": 0, "decoder_start_token_id": 0, "eos_token_id": 1}
 
 
 def arguments(output: Path, **changes) -> Namespace:
@@ -188,7 +193,7 @@ def trainer(output: Path, examples, **changes) -> train.Trainer:
     torch.manual_seed(0)
     args = arguments(output, **changes)
     tokenizer = AutoTokenizer.from_pretrained(output.parent / "target")
-    model = train.new_model(args, tokenizer)
+    model = train.new_model(args, len(tokenizer), SPECIAL)
     return train.Trainer(model, examples, args, torch.device("cpu"))
 
 
@@ -275,7 +280,9 @@ def test_muon_steps_are_orthogonal(shape):
 def test_t5_1_1_keeps_its_own_head(trained):
     """transformers 5 ties every T5: saved and loaded, the head is still another."""
     tokenizer = AutoTokenizer.from_pretrained(trained / "target")
-    model = train.new_model(arguments(trained / "v1.1", v1_1=True), tokenizer).eval()
+    model = train.new_model(
+        arguments(trained / "v1.1", v1_1=True), len(tokenizer), SPECIAL
+    ).eval()
     model.save_pretrained(trained / "v1.1")
     tokenizer.save_pretrained(trained / "v1.1")
     again = T5ForConditionalGeneration.from_pretrained(trained / "v1.1").eval()
@@ -295,16 +302,132 @@ def test_t5_1_1_keeps_its_own_head(trained):
     np.testing.assert_allclose(ours, logits.numpy(), atol=1e-4)
 
 
-def test_bad_files(tmp_path):
-    def said(text: str) -> str:
-        (tmp_path / "pairs.tsv").write_text(text)
-        command = [sys.executable, train.__file__, str(tmp_path / "pairs.tsv")]
-        command += ["--output", str(tmp_path / "out")]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 2, done.stderr
-        assert not (tmp_path / "out").exists()
-        return done.stderr.splitlines()[-1]
+def test_a_sources_targets_are_held_out_together(trained):
+    """Else the model is measured on sentences that it has learnt by heart."""
+    tokenizer = AutoTokenizer.from_pretrained(trained / "target")
+    rows = [[f"{w} {v}", t] for w in WORDS for v in WORDS for t in ("ba", "be", "bi")]
+    examples = train.from_text(rows, tokenizer)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "HELD_OUT", 20)
+        held_out, among = train.split(examples, seed=3)
+    assert len(held_out) == 60
+    assert sorted([*held_out, *among]) == list(range(len(rows)))
+    assert not {rows[i][0] for i in held_out} & {rows[i][0] for i in among}
 
-    assert said("a\tb\n" * 10).startswith("train.py: ")
-    assert "10 lines are too few" in said("a\tb\n" * 10)
-    assert "line 3:" in said("a\tb\n" * 2 + "only one\n" + "a\tb\n" * 1200)
+
+def test_labels_have_no_ids_without_a_token(make):
+    """T5's embedding has more rows than its tokenizer ids: targets never emit them."""
+    teacher, folder, _ = make()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    used = set(train.used_ids(tokenizer, teacher.config.vocab_size))
+
+    class Fewer:
+        """The same, without every third of its ids."""
+
+        def __call__(self, texts):
+            return tokenizer(texts)
+
+        def get_vocab(self):
+            ids = [i for i in used if i < 90 and (i % 3 or i == 0)]
+            return {str(i): i for i in ids}
+
+    device = torch.device("cpu")
+    sources = ["the cat", "cat sat on the", "a b c", "s e t"]
+    examples = train.from_teacher(sources, teacher, Fewer(), device, max_tokens=60)
+    allowed = set(Fewer().get_vocab().values())
+    assert set(examples.targets.tolist()) <= allowed
+    assert examples.top_ids.max() < 90
+    assert examples.top_probs[~np.isin(examples.top_ids, list(allowed))].sum() == 0
+
+
+def said(tmp_path: Path, *flags) -> str:
+    """The one line that the script ends with."""
+    command = [sys.executable, train.__file__, str(tmp_path / "pairs.tsv")]
+    command += ["--output", str(tmp_path / "out"), *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.startswith("train.py: ")
+    assert done.stderr.count("\n") == 1
+    return done.stderr
+
+
+def test_bad_input_from_the_command_line(tmp_path):
+    assert "cannot read" in said(tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("a\tb\n" * 10, "1 different sources are too few"),
+        ("a\tb\n\nonly one\n", "line 3"),
+        ("a\t \n", "line 1"),
+    ],
+)
+def test_bad_files(tmp_path, text, words):
+    (tmp_path / "pairs.tsv").write_text(text)
+    with pytest.raises(InputError, match=words):
+        train.read_columns(tmp_path / "pairs.tsv", 2)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"width": 128}, "another run, with a different width"),
+        ({"seed": 1}, "different seed"),
+        ({"output": "file"}, "exists and is no run"),
+        ({"output": "full"}, "exists and is no run"),
+        ({"teacher": "nowhere"}, "no Hugging Face checkpoint"),
+        ({"teacher": "target", "output": "target"}, "another run"),
+        ({"device": "abacus"}, "no device 'abacus'"),
+        ({"batch": 0}, "--batch is 0"),
+        ({"minutes": float("nan")}, "--minutes is nan"),
+    ],
+    ids=str,
+)
+def test_refused_runs(trained, changes, words):
+    """Nothing of an earlier run, or of anything else, is written over."""
+    (trained / "file").touch()
+    (trained / "full").mkdir(exist_ok=True)
+    (trained / "full/something").touch()
+    before = (trained / "target/config.json").read_bytes()
+    changes = dict(changes)
+    output = trained / changes.pop("output", "target")
+    if "teacher" in changes:
+        changes["teacher"] = trained / changes["teacher"]
+    with pytest.raises(InputError, match=words):
+        run(output, **changes)
+    assert (trained / "target/config.json").read_bytes() == before
+
+
+def test_tatoeba(tmp_path, monkeypatch):
+    """Every pair in its split; a held-out sentence in none but its own."""
+    with zipfile.ZipFile(tmp_path / "fra-eng.zip", "w") as archive:
+        rows = ["Hi.\tSalut\u202f!", "Go.\tVa.", "Go.\tPars.", "One two three.\tUn."]
+        archive.writestr("fra.txt", "\n".join([*rows, "Bye\u00a0 now.\tAu revoir."]))
+    (tmp_path / "dev.en.txt").write_text("Go.\n")
+    (tmp_path / "test.en.txt").write_text("Bye now.\n")
+
+    def call(*flags) -> None:
+        command = ["tatoeba.py", *map(str, flags), "--output", str(tmp_path / "out")]
+        monkeypatch.setattr(sys, "argv", command)
+        tatoeba.main()
+
+    held = ["--held-out", tmp_path / "dev.en.txt", tmp_path / "test.en.txt"]
+    call(tmp_path / "fra-eng.zip", *held, "--max-words", 2)
+    prefix = "translate English to French: "
+    expected = {
+        "train": [f"{prefix}Hi.\tSalut !"],
+        "dev": [f"{prefix}Go.\tVa.", f"{prefix}Go.\tPars."],
+        "test": [f"{prefix}Bye now.\tAu revoir."],
+    }
+    for name, lines in expected.items():
+        assert (tmp_path / f"out/{name}.tsv").read_text().splitlines() == lines
+    with pytest.raises(InputError, match="different names"):
+        call(tmp_path / "fra-eng.zip", *held, held[1])
+    with pytest.raises(InputError, match="is none of"):
+        call(tmp_path / "xyz-eng.zip", *held)
+    (tmp_path / "deu-eng.zip").write_text("no archive")
+    with pytest.raises(InputError, match="cannot read"):
+        call(tmp_path / "deu-eng.zip", *held)
