@@ -1,7 +1,7 @@
-# make run    set up, and translate some sentences with the bundled pair
+# make run    set up, and answer some prompts with the default models
 #             (ARGS="--prompt ..." runs main.py with these flags instead)
 # make test   set up, and run the tests (ARGS="-k ..." goes to pytest)
-# make bench  set up, and measure the bundled pair (ARGS goes to benchmark.py)
+# make bench  set up, and measure the default models (ARGS goes to benchmark.py)
 # make lint   set up, and check format and style
 
 VENV := .venv

@@ -437,7 +437,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
         metavar="FILE",
         default=PROMPTS,
         help="a prompt a line, maybe with a tab and a reference, or JSON lines with "
-        "'prompt' and 'reference' (default: the bundled pair's test sentences)",
+        "'prompt' and 'reference' (default: short English sentences to translate)",
     )
     add("--limit", type=positive, metavar="N", help="only the first N prompts")
     add("--num-draft", type=sweep, default=sweep("1..8"), metavar="0..8|2,4")

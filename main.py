@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pair import Generation, Pair
 
 EXAMPLE_TASK = "translate English to German: "
-EXAMPLE = EXAMPLE_TASK + "Where is the nearest train station?"
+EXAMPLE = EXAMPLE_TASK + "The children are playing in the garden."
 DEFAULT_DRAFT = "t5-small"
 BUNDLED = tuple(
     Path(__file__).resolve().parent / "demo" / n for n in ("target", "draft")

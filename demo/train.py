@@ -180,7 +180,7 @@ def from_teacher(
     ban = torch.full((1 + max(vocabulary),), -torch.inf, device=device)
     ban[vocabulary] = 0
     special = special_ids(teacher.config, teacher.generation_config)
-    ends = torch.tensor(special["eos_token_id"], device=device).reshape(-1)
+    ends = np.atleast_1d(special["eos_token_id"])
     # The longest first: if memory does not do, that shows at once.
     ids = sorted(tokenizer(sorted(set(sources))).input_ids, key=len, reverse=True)
     rows, targets, top_ids, top_probs = [], [], [], []
@@ -195,9 +195,10 @@ def from_teacher(
         tokens = torch.full(
             (len(chunk), 1), special["decoder_start_token_id"], device=device
         )
-        unfinished = torch.ones(len(chunk), dtype=torch.bool, device=device)
-        best_ids, best_probs = [], []
-        while unfinished.any() and len(best_ids) < max_tokens:
+        answers = [([], []) for _ in chunk]
+        decoding = np.arange(len(chunk))  # which of the chunk the cache's rows are
+        going = np.ones(len(chunk), bool)  # which of these have not ended
+        for _ in range(max_tokens):
             logits = teacher(
                 encoder_outputs=encoded,
                 attention_mask=mask,
@@ -207,20 +208,29 @@ def from_teacher(
             ).logits[:, -1, : len(ban)]
             best = softmax(logits + ban, -1).topk(TOP)
             tokens = best.indices[:, :1]
-            best_ids.append(best.indices)
-            best_probs.append(best.values)
-            unfinished &= ~torch.isin(tokens[:, 0], ends)
-        ended = torch.isin(torch.stack(best_ids, 1)[..., 0], ends)
-        lengths = (ended.int().argmax(1) + 1).tolist()
-        best_ids = torch.stack(best_ids, 1).cpu().numpy().astype(np.int32)
-        best_probs = torch.stack(best_probs, 1).cpu().numpy().astype(np.float16)
-        if not np.isfinite(best_probs).all():
-            raise InputError("the teacher's logits are not finite: it is damaged")
-        for i in np.flatnonzero(ended.any(1).cpu().numpy()):
-            rows.append(chunk[i])
-            targets.append(best_ids[i, : lengths[i], 0].tolist())
-            top_ids.append(best_ids[i, : lengths[i]])
-            top_probs.append(best_probs[i, : lengths[i]])
+            best_ids = best.indices.cpu().numpy().astype(np.int32)
+            best_probs = best.values.cpu().numpy().astype(np.float16)
+            if not np.isfinite(best_probs).all():
+                raise InputError("the teacher's logits are not finite: it is damaged")
+            for place in np.flatnonzero(going):
+                answer_ids, answer_probs = answers[decoding[place]]
+                answer_ids.append(best_ids[place])
+                answer_probs.append(best_probs[place])
+            going &= ~np.isin(best_ids[:, 0], ends)
+            if not going.any():
+                break
+            if going.mean() < 0.75:  # copying the caches is not free either
+                keep = torch.from_numpy(np.flatnonzero(going)).to(device)
+                cache.batch_select_indices(keep)
+                encoded.last_hidden_state = encoded.last_hidden_state[keep]
+                tokens, mask = tokens[keep], mask[keep]
+                decoding, going = decoding[going], going[going]
+        for source, (answer_ids, answer_probs) in zip(chunk, answers, strict=True):
+            if answer_ids[-1][0] in ends:
+                rows.append(source)
+                targets.append([each[0] for each in answer_ids])
+                top_ids.append(np.stack(answer_ids))
+                top_probs.append(np.stack(answer_probs))
         done += len(chunk)
         now = time.monotonic()
         if now - said >= 10 or done == len(ids):
