@@ -297,7 +297,8 @@ def main() -> None:
         return
     for prompt in read_prompts(arguments.prompt):
         if arguments.prompt in (None, "-") and not arguments.json:
-            say(f"> {prompt}")
+            # Bytes that were not UTF-8 are shown escaped; the answer names them.
+            say("> " + prompt.encode("utf-8", "backslashreplace").decode())
         done = answer(prompt)
         write(done)
         if not arguments.json or arguments.verbose:
