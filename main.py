@@ -296,7 +296,7 @@ def main() -> None:
         )
         return
     for prompt in read_prompts(arguments.prompt):
-        if arguments.prompt in (None, "-") and not arguments.json:
+        if arguments.prompt in (None, "-") and sys.stderr.isatty():
             # Bytes that were not UTF-8 are shown escaped; the answer names them.
             say("> " + prompt.encode("utf-8", "backslashreplace").decode())
         done = answer(prompt)

@@ -176,6 +176,9 @@ def test_compare(call, pair):
 
 
 def test_prompts_that_were_not_typed_are_shown(call, pair, monkeypatch):
+    """To a person, that is: a script's stderr has errors and figures alone."""
+    assert "> " not in call(*models(pair), "--max-tokens", 2)[2]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     assert f"> {main.EXAMPLE}\n" in call(*models(pair), "--max-tokens", 2)[2]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"cat\n")))
     assert "> cat\n" in call(*models(pair), "--prompt", "-", "--max-tokens", 2)[2]
