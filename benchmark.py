@@ -128,6 +128,9 @@ def transformers_generate(pair: Pair, max_tokens: int) -> Variant:
     """transformers' greedy ``generate`` on the same weights, in float32.
 
     On a GPU where PyTorch knows the one that MLX uses.
+
+    Raises:
+        InputError: PyTorch is not installed.
     """
     try:
         import torch
@@ -148,7 +151,7 @@ def transformers_generate(pair: Pair, max_tokens: int) -> Variant:
     end = sorted(model.config.eos_tokens)
     # transformers would emit rows that no token stands for.
     rows = reference.config.vocab_size
-    size = min(pair.tokenizer.size, rows)
+    size = pair.target.vocabulary
     banned = [*pair.tokenizer.gaps(size), *range(size, rows)] or None
 
     def answer(prompt: str) -> Answer:

@@ -152,11 +152,8 @@ def _load_with_default_draft(model: str) -> "Pair":
 
 def read_prompts(prompt: str | None) -> Iterator[str]:
     """The prompts to answer, as they come in."""
-    if prompt is None:
-        yield EXAMPLE
-        return
     if prompt != "-":
-        yield prompt
+        yield EXAMPLE if prompt is None else prompt
         return
     # Bytes that are not UTF-8 are named when their prompt's turn comes.
     sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")

@@ -131,7 +131,6 @@ def learn_tokenizer(
     rows: list[list[str]], size: int, output: Path
 ) -> PreTrainedTokenizerBase:
     """A SentencePiece unigram tokenizer of the rows' text, in T5's conventions."""
-    output.mkdir(parents=True, exist_ok=True)
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter([text for row in rows for text in row]),
@@ -288,14 +287,14 @@ def padded(
 def collate(
     examples: Examples, chosen: np.ndarray, start: int, device: torch.device
 ) -> Batch:
-    def spans(flat_ids: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    def spans(starts: np.ndarray) -> np.ndarray:
         """(B, longest) positions into the flat array; -1 is padding."""
         lengths = starts[chosen + 1] - starts[chosen]
         steps = np.arange(lengths.max())
         return np.where(steps < lengths[:, None], starts[chosen][:, None] + steps, -1)
 
-    source_at = spans(examples.sources, examples.source_starts)
-    target_at = spans(examples.targets, examples.target_starts)
+    source_at = spans(examples.source_starts)
+    target_at = spans(examples.target_starts)
     real = target_at >= 0
     targets = np.where(real, examples.targets[target_at], 0)
     inputs = np.concatenate([np.full((len(chosen), 1), start), targets[:, :-1]], 1)
