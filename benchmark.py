@@ -38,6 +38,7 @@ from errors import InputError, Parser, run
 from main import load_pair, say
 from model import T5
 from pair import Pair
+from sampling import GREEDY, Choices
 
 PROMPTS = Path(__file__).resolve().parent / "demo" / "test.tsv"
 RESAMPLES = 2000  # of the bootstrap
@@ -245,9 +246,12 @@ def step_cost(pair: Pair, num_draft: int, prompt: str) -> Cost:
         target.rewind([known])
         return seconds
 
+    choices = Choices(GREEDY, [begin], target.vocabulary)
+
     def draft() -> float:
         began = time.perf_counter()
-        mx.eval(drafter.propose([sequence], num_draft).tokens)
+        chooser = choices.begin([sequence])
+        mx.eval(drafter.propose([sequence], num_draft, chooser).tokens)
         return time.perf_counter() - began
 
     timed = [

@@ -12,18 +12,20 @@ own. The host waits for the device once per round.
 
 import fast_blas  # noqa: F401  (before mlx: see there)
 
+import math
 import time
 from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import mlx.core as mx
 import numpy as np
 
-from acceptance import verify_greedy
+from acceptance import Verdict, verify, verify_greedy
 from drafting import Draft, Drafter, Session
 from errors import InputError
+from sampling import GREEDY, Choices, Chooser, Sampling
 
 MAX_TOKENS = 256
 NUM_DRAFT = 5
@@ -72,6 +74,22 @@ class Stats:
     def tokens_per_second(self) -> float:
         """Tokens committed per second of decoding."""
         return self.new_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+    @classmethod
+    def of_batch(cls, rows: "list[Stats]") -> "Stats":
+        """The figures of rows that were decoded together, as one."""
+        histograms = [row.accept_histogram for row in rows]
+        return cls(
+            new_tokens=sum(row.new_tokens for row in rows),
+            rounds=max(row.rounds for row in rows),
+            drafted=sum(row.drafted for row in rows),
+            tested=sum(row.tested for row in rows),
+            accepted=sum(row.accepted for row in rows),
+            accept_histogram=list(map(sum, zip(*histograms, strict=True))),
+            encode_seconds=max(row.encode_seconds for row in rows),
+            decode_seconds=max(row.decode_seconds for row in rows),
+            peak_memory_bytes=max(row.peak_memory_bytes for row in rows),
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Every figure by name, as ``main.py --json`` prints them."""
@@ -128,8 +146,10 @@ def generate(
     max_tokens: int = MAX_TOKENS,
     num_draft: int = NUM_DRAFT,
     delta: float = DELTA,
+    sampling: Sampling = GREEDY,
+    streams: list[tuple[int, ...]] | None = None,
 ) -> Iterator[Commit]:
-    """Decode a batch of prompts greedily, yielding each row's tokens as they stand.
+    """Decode a batch of prompts, yielding each row's tokens as they stand.
 
     Args:
         target: the model whose text this is.
@@ -138,9 +158,13 @@ def generate(
         eos_tokens: ids that end a row; the one produced is part of its tokens.
         max_tokens: the most tokens a row may get, end-of-sequence counted.
         num_draft: K, draft tokens per round.
-        delta: how much worse than the target's own choice a draft token may be, see
-            :func:`acceptance.verify_greedy`; at 0 the text is the target's own, token
-            for token.
+        delta: how far the text may leave the target's, see
+            :func:`acceptance.verify_greedy` and :func:`acceptance.verify`; at 0 it is
+            the target's own, token for token or, sampled, in distribution.
+        sampling: how tokens are chosen, by both models.
+        streams: what tells the rows' random numbers apart, beside the seed: a few
+            integers each; by default the row's number. A row's text depends on them,
+            not on the rows beside it.
 
     Raises:
         InputError: an option out of range, a prompt that cannot be encoded, or logits
@@ -156,6 +180,14 @@ def generate(
     if drafter is not None:
         drafter.start(prompts)
     encoded = time.perf_counter()
+    choices = Choices(
+        sampling,
+        sequences,
+        target.vocabulary,
+        eos_tokens=eos_tokens,
+        num_draft=num_draft,
+        streams=streams,
+    )
 
     rows = [
         _Row(row, sequence, eos_tokens, max_tokens, num_draft, encoded)
@@ -163,7 +195,6 @@ def generate(
     ]
     for row in rows:
         row.stats.encode_seconds = encoded - started
-
     ahead: _Round | None = None
     while active := [row for row in rows if not row.finished]:
         # The target adds a token of its own to every draft: more is never needed.
@@ -172,25 +203,43 @@ def generate(
             current = ahead
         else:
             size = min(num_draft, left - 1)
-            draft = drafter.propose(sequences, size) if drafter and size else None
-            last = mx.array([sequence[-1] for sequence in sequences])
-            current = _launch(target, last, draft, delta)
+            chooser = choices.begin(sequences)
+            draft = None
+            if drafter and size:
+                draft = drafter.propose(sequences, size, chooser)
+                draft.counts = _counts(draft, rows)
+            current = _launch(target, chooser, draft, delta)
         if drafter is None and left > 1:
             # All that the next plain round needs of this one is its token, which the
             # device has: build it while this one runs, and on a GPU queue it as well.
             # On a CPU, with no latency to hide, a last round in vain would cost more.
             mx.async_eval(current.report)
-            ahead = _launch(target, current.next_token, None, delta)
+            chooser = choices.begin(sequences, current.next_token)
+            ahead = _launch(target, chooser, None, delta)
             if mx.default_device() == mx.gpu:
                 mx.async_eval(ahead.report)
-        accepted, next_tokens, drafts = current.read()
-        commits = [
-            row.commit(drafts[row.index], accepted[row.index], next_tokens[row.index])
-            for row in active
-        ]
+        outcomes = current.read()
+        commits = [row.commit(outcomes[row.index]) for row in active]
+        if any(outcomes[one.row].finite < len(one.tokens) for one in commits):
+            current.complain()
         if drafter is not None:
             target.rewind([len(sequence) - 1 for sequence in sequences])
         yield from commits
+
+
+def _counts(draft: Draft, rows: list["_Row"]) -> list[int] | None:
+    """How many tokens of each row's draft are to be judged; None for all.
+
+    No more than its budget can take: where a neighbour has more left, this row's text
+    is still the one it would have alone.
+    """
+    size = draft.tokens.shape[1]
+    counts = draft.counts or [size] * len(rows)
+    counts = [
+        min(count, max(row.left - 1, 0))
+        for count, row in zip(counts, rows, strict=True)
+    ]
+    return None if min(counts) == size else counts
 
 
 @dataclass
@@ -200,42 +249,74 @@ class _Round:
     next_token: mx.array  # (B,) int32
     report: mx.array  # (B, 3 + K) int32: accepted, finite, next token, draft
     counts: list[int] | None
+    logits: mx.array  # the model's own, to say what is wrong with them
 
-    def read(self) -> tuple[list[int], list[int], list[list[int]]]:
-        """Wait for it: accepted counts, next tokens and drafts, row by row."""
+    def read(self) -> list["_Outcome"]:
+        """Wait for it: what became of each row's draft."""
         report = np.array(self.report).tolist()
-        if not all(row[1] for row in report):
-            raise InputError(
-                "the model's logits are not finite: its activations overflow in this "
-                "dtype or its weights are damaged; convert it again, with --dtype "
-                "bfloat16 or float32"
-            )
         counts = self.counts or [None] * len(report)
-        return (
-            [row[0] for row in report],
-            [row[2] for row in report],
-            [row[3:][:count] for row, count in zip(report, counts, strict=True)],
+        return [
+            _Outcome(accepted, finite, next_token, draft[:count])
+            for (accepted, finite, next_token, *draft), count in zip(
+                report, counts, strict=True
+            )
+        ]
+
+    def complain(self) -> NoReturn:
+        """Say why there is no next token."""
+        if mx.isfinite(self.logits.max(axis=-1)).all().item():
+            raise InputError(
+                "no token is left to choose: the rules together (suppressed tokens, "
+                "no-repeat-ngram-size, min-new-tokens, ...) ban them all"
+            )
+        raise InputError(
+            "the model's logits are not finite: its activations overflow in this dtype "
+            "or its weights are damaged; convert it again, with --dtype bfloat16 or "
+            "float32"
         )
 
 
+class _Outcome(NamedTuple):
+    """What became of one row's draft."""
+
+    accepted: int  # tokens that stand, from the left
+    finite: int  # positions with usable logits, from the left
+    next_token: int  # the target's own, after those
+    draft: list[int]
+
+
 def _launch(
-    target: Session, last: mx.array, draft: Draft | None, delta: float
+    target: Session, chooser: Chooser, draft: Draft | None, delta: float
 ) -> _Round:
-    """Build a round's graph: run the target over ``last`` (B,) and the draft; judge."""
-    tokens, counts = mx.zeros((last.shape[0], 0), mx.int32), None
-    fed = last[:, None]
-    if draft is not None:
-        tokens, counts = draft.tokens, draft.counts
-        # No device checks an embedding's bounds. An id cut here is rejected later.
-        inside = mx.clip(tokens, 0, target.vocabulary - 1)
-        fed = mx.concatenate([fed, inside], axis=1)
-    verdict = verify_greedy(
-        target.extend(fed), tokens, None if counts is None else mx.array(counts), delta
-    )
+    """Build a round's graph: run the target over last token and draft, and judge."""
+    last = chooser.last
+    draft = draft or Draft(mx.zeros((last.shape[0], 0), mx.int32))
+    block = mx.concatenate([last[:, None], draft.tokens], axis=1)
+    # No device checks an embedding's bounds. An id cut here is rejected later.
+    fed = mx.clip(block, 0, target.vocabulary - 1) if block.shape[1] > 1 else block
+    logits = target.extend(fed)
+    verdict = _judge(chooser, chooser.process(logits, block), draft, delta)
     verdict_columns = (verdict.accepted, verdict.finite, verdict.next_token)
     columns = [column[:, None].astype(mx.int32) for column in verdict_columns]
-    report = mx.concatenate([*columns, tokens], axis=1)
-    return _Round(verdict.next_token, report, counts)
+    report = mx.concatenate([*columns, draft.tokens], axis=1)
+    return _Round(verdict.next_token, report, draft.counts, logits)
+
+
+def _judge(chooser: Chooser, logits: mx.array, draft: Draft, delta: float) -> Verdict:
+    """Apply the rule of acceptance that goes with the way tokens are chosen."""
+    tokens = draft.tokens
+    counts = None if draft.counts is None else mx.array(draft.counts)
+    if chooser.sampling.greedy:
+        return verify_greedy(logits, tokens, counts, delta)
+    allowed = None
+    size = tokens.shape[1]
+    if delta == 1 and size:  # below 1 a probability of 0 is enough to reject
+        index = mx.clip(tokens, 0, logits.shape[-1] - 1)[..., None]
+        own = mx.take_along_axis(logits[:, :size], index, axis=-1)[..., 0]
+        allowed = own > -math.inf
+    p = chooser.sampling.probs(logits)
+    uniform = chooser.judging(size)
+    return verify(p, tokens, draft.probs, counts, delta, uniform, allowed)
 
 
 class _Row:
@@ -258,12 +339,13 @@ class _Row:
         self._eos_tokens = eos_tokens
         self._started = started
 
-    def commit(self, draft: list[int], accepted: int, next_token: int) -> Commit:
-        """Take what stands of ``draft`` and the target's ``next_token``, up to the end.
+    def commit(self, outcome: _Outcome) -> Commit:
+        """Take what stands of the draft and the target's own token, up to the end.
 
         The end is the first end-of-sequence, anywhere in the block, or the budget.
         """
-        block = [*draft[:accepted], next_token][: self.left]
+        accepted, draft = outcome.accepted, outcome.draft
+        block = [*draft[:accepted], outcome.next_token][: self.left]
         end = next((i for i, t in enumerate(block) if t in self._eos_tokens), None)
         if end is not None:
             block = block[: end + 1]

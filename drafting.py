@@ -14,6 +14,8 @@ from typing import Protocol
 import mlx.core as mx
 import numpy as np
 
+from sampling import Chooser
+
 
 @dataclass
 class Draft:
@@ -21,10 +23,13 @@ class Draft:
 
     Attributes:
         tokens: (B, K) int32, right-padded.
+        probs: (B, K, V) float32, the q that each token was drawn from; None when each
+            was certain: greedy drafts, looked up ones.
         counts: how many of the K are real, row by row; None when all are.
     """
 
     tokens: mx.array
+    probs: mx.array | None = None
     counts: list[int] | None = None
 
 
@@ -53,12 +58,15 @@ class Drafter(Protocol):
     def start(self, prompts: list[list[int]]) -> None:
         """Prepare for a batch of prompts (B lists of token ids)."""
 
-    def propose(self, sequences: list[list[int]], num_draft: int) -> Draft:
+    def propose(
+        self, sequences: list[list[int]], num_draft: int, chooser: Chooser
+    ) -> Draft:
         """Guess the next ``num_draft`` tokens of each row; never wait for the device.
 
         Args:
             sequences: for each row the committed tokens, with those it started from.
             num_draft: K, at least 1.
+            chooser: chooses tokens from logits as the target will.
         """
 
 
@@ -75,16 +83,23 @@ class ModelDrafter:
         self._agreed = [0] * len(prompts)
         self._proposed: mx.array | None = None
 
-    def propose(self, sequences: list[list[int]], num_draft: int) -> Draft:
+    def propose(
+        self, sequences: list[list[int]], num_draft: int, chooser: Chooser
+    ) -> Draft:
         self._settle(sequences)
-        token = self._catch_up(sequences)
-        tokens = [token]
-        for _ in range(num_draft - 1):
-            token = _greedy(self._session.extend(token[:, None])[:, -1])
+        logits = self._catch_up(sequences)
+        tokens: list[mx.array] = []
+        probs: list[mx.array | None] = []
+        while True:
+            token, q = chooser.draft(logits, tokens)
             _begin(token)
             tokens.append(token)
+            probs.append(q)
+            if len(tokens) == num_draft:
+                break
+            logits = self._session.extend(token[:, None])[:, -1]
         self._proposed = mx.stack(tokens, axis=1)
-        return Draft(self._proposed)
+        return Draft(self._proposed, None if q is None else mx.stack(probs, axis=1))
 
     def _settle(self, sequences: list[list[int]]) -> None:
         """Count the cached positions that agree with what has been committed since."""
@@ -103,7 +118,7 @@ class ModelDrafter:
                 self._agreed[row] += 1
 
     def _catch_up(self, sequences: list[list[int]]) -> mx.array:
-        """Feed what each row lacks of its committed tokens; the token after them (B,).
+        """Feed what each row lacks of its committed tokens; the logits after (B, V).
 
         Rows may lack different counts. All feed as many as the worst: one that lacks
         fewer repeats some of its last tokens, one that is not even that long is padded.
@@ -121,15 +136,8 @@ class ModelDrafter:
         logits = self._session.extend(mx.array(chunk))
         self._session.rewind(lengths)
         last = mx.array(lengths) - mx.array(starts) - 1
-        token = _greedy(mx.take_along_axis(logits, last[:, None, None], axis=1)[:, 0])
-        _begin(token)
         self._agreed = lengths
-        return token
-
-
-def _greedy(logits: mx.array) -> mx.array:
-    """(B, V) -> the best token of each row (B,) int32."""
-    return mx.argmax(logits, axis=-1).astype(mx.int32)
+        return mx.take_along_axis(logits, last[:, None, None], axis=1)[:, 0]
 
 
 def _begin(token: mx.array) -> None:

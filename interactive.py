@@ -22,17 +22,17 @@ def say(line: str) -> None:
 
 
 def converse(
-    answer: Callable[[str], "Generation"],
-    write: Callable[["Generation"], None],
-    report: Callable[["Generation"], None],
+    answer: Callable[[str], list["Generation"]],
+    write: Callable[[list["Generation"]], None],
+    report: Callable[[list["Generation"]], None],
     prefix: str,
 ) -> None:
     """Read lines until the end of input and answer each.
 
     Args:
-        answer: begins an answer to a prompt.
-        write: streams it out.
-        report: says its figures.
+        answer: begins the answers to a prompt.
+        write: streams them out.
+        report: says their figures.
         prefix: put before each line, until ``:prefix`` sets another.
     """
     with suppress(ImportError):  # not on every system
@@ -44,7 +44,7 @@ def converse(
         say(":help says what there is; Ctrl-D leaves")
         if prefix:
             say(f"before each line goes '{prefix}' (:prefix changes it)")
-    last: Generation | None = None
+    last: list[Generation] | None = None
     while True:
         try:
             line = input("> " if terminal else "").strip()

@@ -12,8 +12,9 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from errors import InputError, Parser, run
 
@@ -22,6 +23,7 @@ from errors import InputError, Parser, run
 if TYPE_CHECKING:
     from decoder import Stats
     from pair import Generation, Pair
+    from sampling import Sampling
 
 EXAMPLE_TASK = "translate English to German: "
 EXAMPLE = EXAMPLE_TASK + "The children are playing in the garden."
@@ -79,6 +81,8 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
         help="relaxed acceptance: 0 is exactly the target's text, 1 whatever the draft "
         "proposes (default: %(default)s)",
     )
+    sampling = parser.add_argument_group("sampling")
+    _add_sampling(sampling.add_argument)
     add("--regular-decode", action="store_true", help="decode with the target alone")
     add(
         "--interactive",
@@ -96,9 +100,82 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
     return parser.parse_args(arguments)
 
 
+def _add_sampling(add: Callable[..., Any]) -> None:
+    """The flags of how tokens are chosen, under the names of transformers."""
+    from sampling import GREEDY
+
+    def option(name: str, kind: type, metavar: str, text: str) -> None:
+        default = getattr(GREEDY, name.replace("-", "_"))
+        add(f"--{name}", type=kind, metavar=metavar, default=default, help=text)
+
+    option(
+        "temperature",
+        float,
+        "T",
+        "0 takes the most probable token; 1 samples the model's own distribution, less "
+        "is bolder (default: %(default)g)",
+    )
+    option("top-k", int, "K", "sample among the K most probable tokens (0: all)")
+    option(
+        "top-p",
+        float,
+        "P",
+        "sample among the most probable tokens that together reach P (1: all)",
+    )
+    option(
+        "min-p", float, "P", "leave out tokens below P times the best one's probability"
+    )
+    option("seed", int, "S", "the same seed gives the same text (default: %(default)s)")
+    add(
+        "--num-samples",
+        type=int,
+        metavar="N",
+        default=1,
+        help="answer each prompt N times, together, a line each",
+    )
+    option(
+        "repetition-penalty",
+        float,
+        "X",
+        "above 1: tokens that occurred become less probable (1: off)",
+    )
+    option("no-repeat-ngram-size", int, "N", "no N tokens occur twice (0: off)")
+    option("min-new-tokens", int, "N", "no end before N tokens")
+    add(
+        "--suppress-tokens",
+        type=int,
+        nargs="+",
+        metavar="ID",
+        default=(),
+        help="ids that are never chosen",
+    )
+    option("forced-bos-token-id", int, "ID", "the id of the first token")
+
+
 def say(line: str) -> None:
     """A line for the person, not for the pipe."""
     print(line, file=sys.stderr)
+
+
+def read_sampling(arguments: Namespace) -> "Sampling":
+    """How tokens are chosen, of the flags."""
+    from dataclasses import fields
+
+    from sampling import Sampling
+
+    if arguments.num_samples < 1:
+        raise InputError(
+            f"num-samples is {arguments.num_samples}: it has to be at least 1"
+        )
+    names = {field.name for field in fields(Sampling)} & vars(arguments).keys()
+    values = {name: getattr(arguments, name) for name in names}
+    values["suppress_tokens"] = tuple(values["suppress_tokens"])
+    sampling = Sampling(**values)
+    if sampling.greedy and arguments.num_samples > 1:
+        raise InputError(
+            "at temperature 0 all samples are the same: give a --temperature above 0"
+        )
+    return sampling
 
 
 def load_pair(arguments: Namespace) -> "Pair":
@@ -181,7 +258,7 @@ def write_text(answer: "Generation", color: bool) -> None:
     print(_RESET if green else "", flush=True)
 
 
-def write_json(answer: "Generation") -> None:
+def write_json(answer: "Generation", sample: int | None) -> None:
     """One object on stdout, with the keys that the README lists."""
     answer.finish()
     value = {
@@ -191,11 +268,13 @@ def write_json(answer: "Generation") -> None:
         "finish_reason": answer.finish_reason,
         "stats": answer.stats.as_dict(),
     }
+    if sample is not None:
+        value["sample"] = sample
     print(json.dumps(value, ensure_ascii=False), flush=True)
 
 
 def report(stats: "Stats", verbose: bool) -> None:
-    """The figures of one prompt, in a block that a person reads."""
+    """The figures of a prompt's answers, in a block that a person reads."""
     say("")
     rounds = f"{stats.new_tokens} tokens in {stats.rounds} target passes"
     say(f"{rounds} ({stats.tokens_per_round:.2f} per pass)")
@@ -213,13 +292,14 @@ def report(stats: "Stats", verbose: bool) -> None:
         say(f"rounds by draft tokens committed: {stats.accept_histogram}")
 
 
-def compare(answer: Callable[[int], "Generation"], num_draft: int) -> None:
+def compare(answer: Callable[[int], list["Generation"]], num_draft: int) -> None:
     """Say by how much drafting is faster here, encoding included.
 
     Decodes with and without in turn: once each, oftener while that takes no second.
+    Sampled texts differ in length, so it is the time per token that is compared.
 
     Args:
-        answer: begins an answer to the prompt, with that many draft tokens.
+        answer: begins the answers to the prompt, with that many draft tokens.
         num_draft: how many to compare with none.
     """
     from statistics import median
@@ -229,18 +309,24 @@ def compare(answer: Callable[[int], "Generation"], num_draft: int) -> None:
 
     began = perf_counter()
     seconds: dict[int, list[float]] = {num_draft: [], 0: []}
-    texts = {}
+    texts, tokens = {}, {}
     while not texts or (perf_counter() - began < 1 and len(seconds[0]) < 15):
-        for count, its in seconds.items():
+        for drafts, its in seconds.items():
             mx.synchronize()  # a GPU may still be at what the run before queued
             start = perf_counter()
-            texts[count] = answer(count).finish().text
+            done = [one.finish() for one in answer(drafts)]
             its.append(perf_counter() - start)
+            texts[drafts] = [one.text for one in done]
+            tokens[drafts] = sum(len(one.tokens) for one in done)
     fast, plain = median(seconds[num_draft]), median(seconds[0])
-    same = "the same" if texts[num_draft] == texts[0] else "another"
+    if texts[num_draft] == texts[0]:
+        what, unit = "the same text", "s"
+    else:
+        fast, plain = fast / tokens[num_draft] * 1e3, plain / tokens[0] * 1e3
+        what, unit = "another text", "ms a token"
     say(
         f"compared: {plain / fast:.2f} times as fast as the target alone "
-        f"({fast:.3f} s against {plain:.3f} s), {same} text"
+        f"({fast:.3f} {unit} against {plain:.3f} {unit}), {what}"
     )
 
 
@@ -256,11 +342,12 @@ def _describe_machine() -> None:
 def main() -> None:
     sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale says
     arguments = parse_arguments()
-    from decoder import check_options
+    from decoder import Stats, check_options
 
     if arguments.interactive and (arguments.prompt is not None or arguments.compare):
         raise InputError("--interactive goes with neither --prompt nor --compare")
     check_options(arguments.max_tokens, arguments.num_draft, arguments.delta)
+    sampling = read_sampling(arguments)
 
     import fast_blas
 
@@ -270,38 +357,52 @@ def main() -> None:
         _describe_machine()
     pair = load_pair(arguments)
     color = arguments.color and sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    options = {"max_tokens": arguments.max_tokens, "delta": arguments.delta}
 
-    def answer(prompt: str, num_draft: int = arguments.num_draft) -> "Generation":
-        return pair.generate(prompt, num_draft=num_draft, **options)
+    def answer(
+        stream: int, prompt: str, num_draft: int = arguments.num_draft
+    ) -> list["Generation"]:
+        return pair.samples(
+            prompt,
+            arguments.num_samples,
+            max_tokens=arguments.max_tokens,
+            num_draft=num_draft,
+            delta=arguments.delta,
+            sampling=sampling,
+            stream=stream,
+        )
 
-    def write(answer: "Generation") -> None:
-        if arguments.json:
-            write_json(answer)
-        else:
-            write_text(answer, color)
+    def write(answers: list["Generation"]) -> None:
+        for sample, one in enumerate(answers):
+            if arguments.json:
+                write_json(one, sample if len(answers) > 1 else None)
+            else:
+                write_text(one, color)
+
+    def figures(answers: list["Generation"]) -> None:
+        report(Stats.of_batch([one.stats for one in answers]), arguments.verbose)
 
     if arguments.interactive:
         from interactive import converse
 
         bundled = pair.folder.resolve() == BUNDLED[0]
+        number = count()  # asked again, a prompt has another answer
         converse(
-            answer,
+            lambda prompt: answer(next(number), prompt),
             write,
-            lambda done: report(done.stats, arguments.verbose),
+            figures,
             prefix=EXAMPLE_TASK if bundled else "",
         )
         return
-    for prompt in read_prompts(arguments.prompt):
+    for number, prompt in enumerate(read_prompts(arguments.prompt)):
         if arguments.prompt in (None, "-") and sys.stderr.isatty():
             # Bytes that were not UTF-8 are shown escaped; the answer names them.
             say("> " + prompt.encode("utf-8", "backslashreplace").decode())
-        done = answer(prompt)
-        write(done)
+        answers = answer(number, prompt)
+        write(answers)
         if not arguments.json or arguments.verbose:
-            report(done.stats, arguments.verbose)
+            figures(answers)
         if arguments.compare and pair.drafter:
-            compare(partial(answer, prompt), arguments.num_draft)
+            compare(partial(answer, number, prompt), arguments.num_draft)
 
 
 if __name__ == "__main__":

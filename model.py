@@ -449,7 +449,7 @@ class T5Session:
     def start(self, prompts: list[list[int]]) -> list[list[int]]:
         """Encode a batch of prompts (B lists of ids, none empty) and reset the state.
 
-        Returns when the device has finished.
+        Equal prompts are encoded once. Returns when the device has finished.
 
         Returns:
             For each row the tokens that decoding starts from.
@@ -466,18 +466,28 @@ class T5Session:
                     f"the prompt has the token id {max(prompt)}, but the model's "
                     f"embedding has {rows} rows: it was not trained with that token"
                 )
-        longest = max(map(len, prompts))
-        tokens = np.zeros((len(prompts), longest), np.int32)
-        padding = np.full((len(prompts), 1, 1, longest), -np.inf, np.float32)
-        for row, prompt in enumerate(prompts):
+        once: dict[tuple[int, ...], int] = {}
+        copy_of = [once.setdefault(tuple(prompt), len(once)) for prompt in prompts]
+        longest = max(map(len, once))
+        tokens = np.zeros((len(once), longest), np.int32)
+        padding = np.full((len(once), 1, 1, longest), -np.inf, np.float32)
+        for row, prompt in enumerate(once):
             tokens[row, : len(prompt)] = prompt
             padding[row, ..., : len(prompt)] = 0
-        ragged = any(len(prompt) < longest for prompt in prompts)
-        self._padding = mx.array(padding).astype(self.model.dtype) if ragged else None
-        source = self.model.encode(mx.array(tokens), self._padding)
-        self._caches = [
-            self._empty_cache(layer, source) for layer in self.model.decoder.layers
-        ]
+        ragged = any(len(prompt) < longest for prompt in once)
+        mask = mx.array(padding).astype(self.model.dtype) if ragged else None
+        source = self.model.encode(mx.array(tokens), mask)
+
+        def spread(rows: mx.array) -> mx.array:
+            """One row for each different prompt -> one for each prompt."""
+            return rows if len(once) == len(prompts) else rows[mx.array(copy_of)]
+
+        self._padding = spread(mask) if ragged else None
+        self._caches = []
+        for layer in self.model.decoder.layers:
+            k, v = map(spread, layer.cross_attention.project_source(source))
+            empty = mx.zeros((*k.shape[:2], 0, k.shape[3]), k.dtype)
+            self._caches.append(LayerCache(empty, empty, k, v))
         self._capacity = 0
         self.lengths = [0] * len(prompts)
         mx.eval([vars(cache) for cache in self._caches])
@@ -511,12 +521,6 @@ class T5Session:
         ):
             raise ValueError(f"cannot rewind from {self.lengths} to {lengths}")
         self.lengths = list(lengths)
-
-    def _empty_cache(self, layer: DecoderLayer, source: mx.array) -> LayerCache:
-        keys, values = layer.cross_attention.project_source(source)
-        batch, heads, _, size = keys.shape
-        empty = mx.zeros((batch, heads, 0, size), keys.dtype)
-        return LayerCache(empty, empty, keys, values)
 
     def _reserve(self, length: int) -> None:
         """Make room for ``length`` positions, zeroed: masked NaN would still spread."""

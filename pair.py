@@ -9,15 +9,18 @@ In use::
     print(answer.stats.tokens_per_round)
 """
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from checkpoint import locate
 from decoder import DELTA, MAX_TOKENS, NUM_DRAFT, Commit, Stats, generate
 from drafting import ModelDrafter
 from errors import InputError
 from model import T5, T5Session, load
+from sampling import GREEDY, Sampling
 from text import TextStream, Tokenizer
 
 
@@ -135,10 +138,15 @@ class Pair:
         max_tokens: int = MAX_TOKENS,
         num_draft: int = NUM_DRAFT,
         delta: float = DELTA,
+        sampling: Sampling = GREEDY,
+        stream: int = 0,
     ) -> Generation:
         """Answer a prompt; see :func:`decoder.generate` for the options.
 
         The text is decoded as the result is iterated.
+
+        Args:
+            stream: with another number a sample of the same seed is another one.
 
         Raises:
             InputError: while iterating, for bad options or a prompt that is empty or
@@ -146,26 +154,70 @@ class Pair:
             RuntimeError: while iterating after another generation has begun: a pair
                 has caches for one.
         """
-        commits = self._commits(prompt, max_tokens, num_draft, delta)
-        return Generation(prompt, commits, self.tokenizer)
+        options = {"max_tokens": max_tokens, "num_draft": num_draft, "delta": delta}
+        (answer,) = self.samples(prompt, 1, sampling=sampling, stream=stream, **options)
+        return answer
 
-    def _commits(
-        self, prompt: str, max_tokens: int, num_draft: int, delta: float
-    ) -> Iterator[Commit]:
-        if not prompt.strip():
-            raise InputError("the prompt is empty: say what to do with which text")
-        if any("\ud800" <= character <= "\udfff" for character in prompt):
-            raise InputError("the prompt is not valid UTF-8 text")
+    def samples(
+        self,
+        prompt: str,
+        count: int,
+        *,
+        max_tokens: int = MAX_TOKENS,
+        num_draft: int = NUM_DRAFT,
+        delta: float = DELTA,
+        sampling: Sampling = GREEDY,
+        stream: int = 0,
+    ) -> list[Generation]:
+        """Answer a prompt ``count`` times, together: it is encoded once.
+
+        Iterating one decodes all. As for :meth:`generate`; sample 0 is what that gives.
+        """
+        commits = self._commits(
+            [prompt] * count,
+            max_tokens=max_tokens,
+            num_draft=num_draft,
+            delta=delta,
+            sampling=sampling,
+            streams=[(stream, row) for row in range(count)],
+        )
+        return [
+            Generation(prompt, row, self.tokenizer) for row in _by_row(commits, count)
+        ]
+
+    def _commits(self, prompts: list[str], **options: Any) -> Iterator[Commit]:
+        for prompt in prompts:
+            if not prompt.strip():
+                raise InputError("the prompt is empty: say what to do with which text")
+            if any("\ud800" <= character <= "\udfff" for character in prompt):
+                raise InputError("the prompt is not valid UTF-8 text")
         mine = self._latest = object()
         for commit in generate(
             self.target,
             self.drafter,
-            [self.tokenizer.encode(prompt)],
+            [self.tokenizer.encode(prompt) for prompt in prompts],
             eos_tokens=self.target.model.config.eos_tokens,
-            max_tokens=max_tokens,
-            num_draft=num_draft,
-            delta=delta,
+            **options,
         ):
             yield commit
             if self._latest is not mine:
                 raise RuntimeError("another generation has begun on this pair")
+
+
+def _by_row(commits: Iterator[Commit], count: int) -> list[Iterator[Commit]]:
+    """The commits of each row; those of the others wait until they are asked for."""
+    waiting: list[deque[Commit]] = [deque() for _ in range(count)]
+
+    def of_row(row: int) -> Iterator[Commit]:
+        reason = None
+        while reason is None:
+            while not waiting[row]:
+                commit = next(commits, None)
+                if commit is None:
+                    return  # it ended in an error, which another row has raised
+                waiting[commit.row].append(commit)
+            commit = waiting[row].popleft()
+            reason = commit.finish_reason
+            yield commit
+
+    return [of_row(row) for row in range(count)]

@@ -55,6 +55,7 @@ def tiny_tokenizer(size: int = VOCABULARY) -> PreTrainedTokenizerFast:
     raw = "é漢😀".encode()
     pieces += [(f"<0x{byte:02X}>", -8.0) for byte in sorted(set(raw))]
     pieces += [(f"▁w{i}", -6.0) for i in range(size - len(pieces))]
+    pieces = pieces[:size]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2, byte_fallback=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Sequence(

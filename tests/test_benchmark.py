@@ -214,9 +214,9 @@ def test_step_costs_are_of_the_right_steps(make, monkeypatch):
         fed.append((*pair.target.lengths, tokens.shape[1]))
         return extend(tokens)
 
-    def watched_propose(sequences, num_draft):
+    def watched_propose(sequences, num_draft, chooser):
         drafted.append((len(sequences[0]), num_draft))
-        return propose(sequences, num_draft)
+        return propose(sequences, num_draft, chooser)
 
     monkeypatch.setattr(pair.target, "extend", watched_extend)
     monkeypatch.setattr(pair.drafter, "propose", watched_propose)

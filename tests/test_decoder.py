@@ -15,6 +15,7 @@ import model
 from decoder import generate
 from drafting import Draft, ModelDrafter
 from errors import InputError
+from sampling import GREEDY, Choices
 
 #: Prompts that the tiny target answers with varied texts.
 PROMPTS = [[10, 11, 12, 1], [*range(24, 32), 1], [31, 32, 33, 34, 1]]
@@ -41,10 +42,10 @@ class Scripted:
     def start(self, prompts):
         pass
 
-    def propose(self, sequences, num_draft):
+    def propose(self, sequences, num_draft, chooser):
         rows = [self.guess(sequence, num_draft) for sequence in sequences]
         counts = self.ragged and [self.ragged(s) % (num_draft + 1) for s in sequences]
-        return Draft(mx.array(rows, mx.int32), counts)
+        return Draft(mx.array(rows, mx.int32), counts=counts)
 
 
 def broken(original: model.T5) -> model.T5:
@@ -229,12 +230,14 @@ def test_drafter_needs_no_feedback(tiny, data):
     used.start(PROMPTS)
     token = st.integers(2, VOCABULARY - 1)
     sequences = [[0] for _ in PROMPTS]
+    choices = Choices(GREEDY, sequences, VOCABULARY)
     for _ in range(data.draw(st.integers(1, 4))):
         num_draft = data.draw(st.integers(1, 5))
-        got = np.array(used.propose(sequences, num_draft).tokens)
+        chooser = choices.begin(sequences)
+        got = np.array(used.propose(sequences, num_draft, chooser).tokens)
         fresh = ModelDrafter(Checked(tiny[1]))
         fresh.start(PROMPTS)
-        expected = np.array(fresh.propose(sequences, num_draft).tokens)
+        expected = np.array(fresh.propose(sequences, num_draft, chooser).tokens)
         np.testing.assert_array_equal(got, expected)
         for row, sequence in enumerate(sequences):
             kept = data.draw(st.integers(0, num_draft))

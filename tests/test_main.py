@@ -19,7 +19,9 @@ import convert
 import errors
 import main
 from checkpoint import WEIGHTS
+from errors import InputError
 from pair import Pair
+from sampling import Sampling
 
 #: Something that the tiny target answers at length.
 PROMPT = "the cat on"
@@ -175,6 +177,44 @@ def test_compare(call, pair):
     assert "compared" not in call(*flags, "--regular-decode")[2]
 
 
+def test_samples(call, pair):
+    """Several answers to a prompt, a line each, and the first of them alone."""
+    flags = [*models(pair), "--prompt", PROMPT, "--max-tokens", 9, "--temperature", 1]
+    status, out, err = call(*flags, "--num-samples", 5)
+    lines = out.splitlines()
+    assert status == 0
+    assert len(lines) == 5 and len(set(lines)) > 1
+    assert re.search(r"\d+ tokens in \d+ target passes", err)
+    assert call(*flags)[1].splitlines() == lines[:1]
+    assert call(*flags, "--num-samples", 5, "--seed", 1)[1] != out
+    values = call(*flags, "--num-samples", 5, "--json")[1].splitlines()
+    values = [json.loads(line) for line in values]
+    assert [value["text"] for value in values] == lines
+    assert [value["sample"] for value in values] == list(range(5))
+    assert "another text" in call(*flags, "--compare")[2]
+
+
+def test_prompts_are_sampled_apart(call, pair, monkeypatch):
+    """The same prompt twice is no reason for the same answer twice."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\na\n")))
+    flags = [*models(pair), "--prompt", "-", "--max-tokens", 9, "--temperature", 1]
+    first, second = call(*flags)[1].splitlines()
+    assert first != second
+
+
+def test_rules_reach_the_loop(call, pair):
+    flags = [*models(pair), "--prompt", PROMPT, "--max-tokens", 12, "--json"]
+    for rule in (
+        ["--repetition-penalty", 3],
+        ["--no-repeat-ngram-size", 1],
+        ["--suppress-tokens", *range(3, 40)],
+        ["--forced-bos-token-id", 50],
+    ):
+        got = json.loads(call(*flags, *rule)[1])["tokens"]
+        assert got != json.loads(call(*flags)[1])["tokens"], rule
+    assert got[0] == 50
+
+
 def test_prompts_that_were_not_typed_are_shown(call, pair, monkeypatch):
     """To a person, that is: a script's stderr has errors and figures alone."""
     assert "> " not in call(*models(pair), "--max-tokens", 2)[2]
@@ -252,6 +292,17 @@ def one_line(result, *words):
         (["--delta", "-0.5"], ["delta", "-0.5"]),
         (["--delta", "nan"], ["delta", "nan"]),
         (["--max-tokens", "0"], ["max-tokens", "0"]),
+        (["--temperature", "-1"], ["temperature", "-1"]),
+        (["--temperature", "nan"], ["temperature", "nan"]),
+        (["--temperature", "1", "--top-k", "-1"], ["top-k", "-1"]),
+        (["--temperature", "1", "--top-p", "0"], ["top-p", "0"]),
+        (["--temperature", "1", "--top-p", "nan"], ["top-p", "nan"]),
+        (["--temperature", "1", "--min-p", "2"], ["min-p", "2"]),
+        (["--top-p", "0.9"], ["top-p", "temperature"]),
+        (["--num-samples", "0"], ["num-samples", "0"]),
+        (["--num-samples", "2"], ["samples are the same"]),
+        (["--seed", "-1"], ["seed", "-1"]),
+        (["--suppress-tokens", "3", "96"], ["no token 96", "95"]),
         (["--no-such-flag"], ["--no-such-flag", "--help"]),
         (["--prompt", ""], ["prompt is empty"]),
         (["--prompt", " \n"], ["prompt is empty"]),
@@ -368,3 +419,21 @@ def test_one_generation_at_a_time(pair):
     with pytest.raises(RuntimeError, match="another generation"):
         first.finish()
     assert second.finish().text == both.generate(PROMPT).finish().text
+
+
+def test_samples_in_any_order(pair):
+    """Whichever sample is read first, and however they are mixed."""
+    both = Pair.load(str(pair[0]), str(pair[1]))
+    options = {"sampling": Sampling(temperature=1.0), "max_tokens": 12}
+    texts = [one.finish().text for one in both.samples(PROMPT, 3, **options)]
+    first, second, third = both.samples(PROMPT, 3, **options)
+    next(iter(second))
+    assert [one.finish().text for one in (third, first, second)] == [
+        texts[2],
+        texts[0],
+        texts[1],
+    ]
+    assert both.generate(PROMPT, **options).finish().text == texts[0]
+    first, second = both.samples(" ", 2, **options)
+    with pytest.raises(InputError, match="prompt is empty"):
+        first.finish()

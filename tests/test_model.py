@@ -217,6 +217,27 @@ def test_prompts_that_cannot_be_encoded(tiny, prompt):
         model.T5Session(tiny[1]).start([[3, 4, 1], prompt])
 
 
+def test_equal_prompts_are_encoded_once(tiny, monkeypatch):
+    """As many rows as prompts all the same, each with its own source."""
+    prompts = [[3, 4, 1], [5, 6, 7, 8, 1], [3, 4, 1]]
+    encoded = []
+    encode = model.T5.encode
+
+    def watched(self, tokens, padding=None):
+        encoded.append(tokens.shape[0])
+        return encode(self, tokens, padding)
+
+    monkeypatch.setattr(model.T5, "encode", watched)
+    session = model.T5Session(tiny[1])
+    assert len(session.start(prompts)) == 3
+    together = np.array(session.extend(mx.array([[0, 9]] * 3)))
+    for row, prompt in enumerate(prompts):
+        session.start([prompt])
+        alone = np.array(session.extend(mx.array([[0, 9]])))
+        np.testing.assert_allclose(together[row], alone[0], atol=1e-5)
+    assert encoded == [2, 1, 1, 1]
+
+
 def test_weights_that_do_not_fit(tmp_path):
     """Said before anything is read, with both sizes."""
     with pytest.raises(InputError, match=r"needs 1000000\.0 GB .* has \d+\.\d GB"):

@@ -1,0 +1,441 @@
+"""From logits to the distribution that the next token is drawn from.
+
+The same chain for p, the target, and q, the draft: processors (repetition penalty and
+the like), temperature, top-k, top-p, min-p, in the order of transformers' ``generate``.
+What the chain gives is what "p" and "q" mean to :mod:`acceptance`: speculation is exact
+for the filtered distribution only if both are filtered alike.
+
+Shapes: B = batch, T = positions, V = vocabulary, L = length of a prefix.
+"""
+
+import fast_blas  # noqa: F401  (before mlx: see there)
+
+import math
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from errors import InputError
+
+# What float32 can multiply and divide by; beyond, nothing changes any more.
+_LEAST_TEMPERATURE, _MOST_TEMPERATURE = 1e-30, 1e30
+
+
+class Prefix(NamedTuple):
+    """What comes before each of T positions, for processors.
+
+    Attributes:
+        tokens: (B, L) int32, -1 before a row's first one; position t is preceded by
+            the first L - T + 1 + t of them. The token that decoding starts from is
+            among them, as in transformers.
+        generated: (B, T) int32, how many of those were generated.
+    """
+
+    tokens: mx.array
+    generated: mx.array
+
+    def seen(self) -> mx.array:
+        """(B or 1, T, L) bool: whether position t comes after token l."""
+        length, size = self.tokens.shape[1], self.generated.shape[1]
+        last = mx.arange(length - size, length)[:, None]
+        return (mx.arange(length) <= last) & (self.tokens >= 0)[:, None]
+
+
+#: Changes logits (B, T, V), float32, by what comes before; -inf bans a token.
+Processor = Callable[[mx.array, Prefix], mx.array]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen. Names and meanings are those of transformers.
+
+    Attributes:
+        temperature: 0 takes the most probable token, 1 samples the model's own law.
+        top_k: sample among the k most probable tokens, those that tie with the k-th
+            included; 0 for all.
+        top_p: sample among the most probable tokens that together reach this
+            probability, those that tie with the last one included.
+        min_p: leave out tokens less probable than this share of the most probable.
+        seed: the same seed gives the same text.
+        repetition_penalty: above 1 makes tokens that occurred less probable: logits
+            are divided by it, negative ones multiplied.
+        no_repeat_ngram_size: no n-gram of this size occurs twice; 0 for no such rule.
+        min_new_tokens: no end of the sequence before so many tokens.
+        suppress_tokens: ids that are never chosen.
+        forced_bos_token_id: the first token.
+        processors: more rules, applied after those above.
+
+    Raises:
+        InputError: a value out of range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    min_new_tokens: int = 0
+    suppress_tokens: tuple[int, ...] = ()
+    forced_bos_token_id: int | None = None
+    processors: tuple[Processor, ...] = ()
+
+    def __post_init__(self) -> None:
+        def check(name: str, fine: bool, range_: str) -> None:  # NaN is never fine
+            if not fine:
+                value = getattr(self, name.replace("-", "_"))
+                raise InputError(f"{name} is {value}: it has to be {range_}")
+
+        check("temperature", 0 <= self.temperature < math.inf, "at least 0")
+        check("top-k", self.top_k >= 0, "at least 0 (0: all tokens)")
+        check("top-p", 0 < self.top_p <= 1, "above 0 and at most 1")
+        check("min-p", 0 <= self.min_p <= 1, "between 0 and 1")
+        check("seed", self.seed >= 0, "at least 0")
+        check("repetition-penalty", 0 < self.repetition_penalty < math.inf, "above 0")
+        check("no-repeat-ngram-size", self.no_repeat_ngram_size >= 0, "at least 0")
+        check("min-new-tokens", self.min_new_tokens >= 0, "at least 0")
+        filters = {"top-k": self.top_k, "top-p": self.top_p < 1, "min-p": self.min_p}
+        unused = [name for name, used in filters.items() if used]
+        if self.temperature == 0 and unused:
+            raise InputError(
+                f"{unused[0]} chooses among sampled tokens: give a temperature above 0"
+            )
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most probable token is taken, without chance."""
+        return self.temperature == 0
+
+    def chain(
+        self, vocabulary: int, eos_tokens: Collection[int]
+    ) -> tuple[Processor, ...]:
+        """The processors that these options ask for, in transformers' order.
+
+        Raises:
+            InputError: an id outside the vocabulary.
+        """
+        forced = self.forced_bos_token_id
+        named = [*self.suppress_tokens, *([] if forced is None else [forced])]
+        for token in named:
+            if not 0 <= token < vocabulary:
+                raise InputError(
+                    f"there is no token {token}: the ids go from 0 to {vocabulary - 1}"
+                )
+        if forced in self.suppress_tokens:
+            raise InputError(f"token {forced} is both forced and suppressed")
+        chain: list[Processor] = []
+        if self.repetition_penalty != 1:
+            chain.append(RepetitionPenalty(self.repetition_penalty))
+        if self.no_repeat_ngram_size:
+            chain.append(NoRepeatNgram(self.no_repeat_ngram_size))
+        if self.min_new_tokens:
+            ends = [token for token in eos_tokens if 0 <= token < vocabulary]
+            chain.append(MinNewTokens(self.min_new_tokens, _ban(vocabulary, ends)))
+        if forced is not None:
+            others = [token for token in range(vocabulary) if token != forced]
+            chain.append(ForcedFirstToken(_ban(vocabulary, others)))
+        if self.suppress_tokens:
+            chain.append(SuppressTokens(_ban(vocabulary, self.suppress_tokens)))
+        return (*chain, *self.processors)
+
+    def probs(self, logits: mx.array) -> mx.array:
+        """Temperature and filters: processed logits (..., V) -> probabilities, float32.
+
+        A row without a finite maximum (NaN, inf, only -inf) becomes NaN throughout.
+        """
+        logits = logits.astype(mx.float32)
+        # The largest becomes 0, so that no temperature overflows.
+        logits = logits - logits.max(axis=-1, keepdims=True)
+        if self.temperature != 1:
+            temperature = max(self.temperature, _LEAST_TEMPERATURE)
+            logits = logits * (1 / min(temperature, _MOST_TEMPERATURE))
+        largest = None  # the k largest, in any order
+        if 0 < self.top_k < logits.shape[-1]:
+            largest = mx.topk(logits, self.top_k, axis=-1)
+            kth = largest.min(axis=-1, keepdims=True)
+            logits = mx.where(logits >= kth, logits, -math.inf)
+        probs = mx.softmax(logits, axis=-1)
+        if self.top_p == 1 and self.min_p == 0:
+            return probs
+        least = self.min_p * probs.max(axis=-1, keepdims=True)
+        if self.top_p < 1:
+            few = probs if largest is None else mx.topk(probs, self.top_k, axis=-1)
+            ascending = mx.sort(few, axis=-1)
+            above = mx.cumsum(ascending, axis=-1, reverse=True, inclusive=False)
+            nucleus = mx.where(above < self.top_p, ascending, math.inf)
+            least = mx.maximum(least, nucleus.min(axis=-1, keepdims=True))
+        probs = mx.where(probs >= least, probs, 0)
+        return probs / probs.sum(axis=-1, keepdims=True)
+
+
+GREEDY = Sampling()
+
+
+def draw(probs: mx.array, uniform: mx.array) -> mx.array:
+    """Draw a token: the inverse of the cumulative distribution.
+
+    Args:
+        probs: (..., V), not necessarily normalized, never all zero.
+        uniform: (...), in [0, 1).
+
+    Returns:
+        (...) int32, never a token of probability 0.
+    """
+    cumulative = mx.cumsum(probs, axis=-1)
+    # In (0, total], so that the first place that reaches it has a probability.
+    reach = cumulative[..., -1:] * (1 - uniform[..., None])
+    return mx.argmax(cumulative >= reach, axis=-1).astype(mx.int32)
+
+
+@dataclass(frozen=True)
+class RepetitionPenalty:
+    """Keskar et al., arXiv 1909.05858, section 4.1, with transformers' signs."""
+
+    penalty: float
+
+    def __call__(self, logits: mx.array, prefix: Prefix) -> mx.array:
+        occurred = _mark(prefix.seen(), prefix.tokens, logits.shape)
+        factor = mx.where(logits < 0, self.penalty, 1 / self.penalty)
+        return mx.where(occurred, logits * factor, logits)
+
+
+@dataclass(frozen=True)
+class NoRepeatNgram:
+    """Bans what would complete an n-gram that occurred before."""
+
+    size: int
+
+    def __call__(self, logits: mx.array, prefix: Prefix) -> mx.array:
+        tokens, seen = prefix.tokens, prefix.seen()
+        length, positions = tokens.shape[1], logits.shape[1]
+        before = self.size - 1  # tokens of an n-gram before its last one
+        if length <= before:
+            return logits
+        # complete[b, t, i]: at i ends an n-gram that the tokens before t began again.
+        complete = seen[..., before:]
+        ends = mx.arange(length - positions, length)  # the last token before each t
+        for back in range(1, before + 1):
+            latest = tokens[:, mx.maximum(ends - (back - 1), 0)]
+            earlier = tokens[:, before - back : length - back]
+            same = earlier[:, None] == latest[..., None]
+            there = (earlier >= 0)[:, None] & (ends >= back - 1)[:, None]
+            complete = complete & same & there
+        banned = _mark(complete, tokens[:, before:], logits.shape)
+        return mx.where(banned, -math.inf, logits)
+
+
+@dataclass(frozen=True)
+class MinNewTokens:
+    """Bans the end of the sequence (``ends``: -inf there) before ``count`` tokens."""
+
+    count: int
+    ends: mx.array  # (V,)
+
+    def __call__(self, logits: mx.array, prefix: Prefix) -> mx.array:
+        early = (prefix.generated < self.count)[..., None]
+        return logits + mx.where(early, self.ends, 0)
+
+
+@dataclass(frozen=True)
+class ForcedFirstToken:
+    """Bans all but one token (``others``: -inf there) at the first position."""
+
+    others: mx.array  # (V,)
+
+    def __call__(self, logits: mx.array, prefix: Prefix) -> mx.array:
+        first = (prefix.generated == 0)[..., None]
+        return logits + mx.where(first, self.others, 0)
+
+
+@dataclass(frozen=True)
+class SuppressTokens:
+    """Bans tokens (``ban``: -inf there) everywhere."""
+
+    ban: mx.array  # (V,)
+
+    def __call__(self, logits: mx.array, prefix: Prefix) -> mx.array:
+        return logits + self.ban
+
+
+def _ban(vocabulary: int, tokens: Collection[int]) -> mx.array:
+    """(V,) zeros with -inf at ``tokens``."""
+    ban = np.zeros(vocabulary, np.float32)
+    ban[list(tokens)] = -np.inf
+    return mx.array(ban)
+
+
+def _mark(where: mx.array, tokens: mx.array, shape: tuple[int, ...]) -> mx.array:
+    """Which of V tokens stand at the marked places.
+
+    Args:
+        where: (B, T, N) bool.
+        tokens: (B, N) ids; those outside the vocabulary mark nothing.
+        shape: (B, T, V), of the result.
+    """
+    batch, positions, vocabulary = shape
+    inside = (tokens >= 0) & (tokens < vocabulary)
+    # What is not marked goes to a column of its own, which is cut off.
+    index = mx.where(where & inside[:, None], tokens[:, None], vocabulary)
+    index = mx.broadcast_to(index, (batch, positions, tokens.shape[1]))
+    marks = mx.zeros((batch, positions, vocabulary + 1), mx.bool_)
+    marks = mx.put_along_axis(marks, index, mx.array(True), axis=-1)
+    return marks[..., :vocabulary]
+
+
+class Choices:
+    """How a batch's tokens are chosen, round after round."""
+
+    def __init__(
+        self,
+        sampling: Sampling,
+        starts: list[list[int]],
+        vocabulary: int,
+        *,
+        eos_tokens: Collection[int] = (),
+        num_draft: int = 0,
+        streams: list[tuple[int, ...]] | None = None,
+    ):
+        """
+        Args:
+            starts: the tokens that each row's decoding starts from.
+            vocabulary: V of the target; a draft's logits are cut or padded to it.
+            eos_tokens: what ends a row, for ``min_new_tokens``.
+            num_draft: the most draft tokens that a round will have.
+            streams: what tells the rows' random numbers apart, beside the seed; by
+                default the row's number.
+
+        Raises:
+            InputError: an id outside the vocabulary.
+        """
+        self.sampling = sampling
+        self.vocabulary = vocabulary
+        self.chain = sampling.chain(vocabulary, eos_tokens)
+        self.num_draft = num_draft
+        self._starts = np.array([len(start) for start in starts])
+        # A generator for each row: its text must not depend on its neighbours.
+        self._random = (
+            []
+            if sampling.greedy
+            else [
+                np.random.default_rng(
+                    np.random.SeedSequence(sampling.seed, spawn_key=key)
+                )
+                for key in streams or [(row,) for row in range(len(starts))]
+            ]
+        )
+
+    def begin(
+        self, sequences: list[list[int]], following: mx.array | None = None
+    ) -> "Chooser":
+        """Begin a round.
+
+        Args:
+            sequences: for each row the committed tokens, with those it started from.
+            following: (B,) the token after those, where only the device has it yet.
+        """
+        last = following
+        if last is None:
+            last = mx.array([sequence[-1] for sequence in sequences])
+        committed = generated = None
+        if self.chain:
+            if following is None:
+                sequences = [sequence[:-1] for sequence in sequences]
+            lengths = np.array([len(sequence) for sequence in sequences])
+            committed = np.full((len(sequences), lengths.max()), -1, np.int32)
+            for row, sequence in enumerate(sequences):
+                committed[row, len(committed[row]) - len(sequence) :] = sequence
+            generated = lengths + 1 - self._starts
+        # For drafting, for the target's own token, for judging the draft: as many
+        # whatever the number of tokens that this round really drafts.
+        size = 2 * self.num_draft + 1
+        rows = [row.random(size, dtype=np.float32) for row in self._random]
+        uniform = mx.array(np.stack(rows)) if rows else None
+        return Chooser(self, last, committed, generated, uniform)
+
+
+class Chooser:
+    """Chooses the tokens of one round, the draft's and the target's by the same rules.
+
+    Everything that it does stays on the device.
+
+    Attributes:
+        last: (B,) the last committed token of each row.
+    """
+
+    def __init__(
+        self,
+        choices: Choices,
+        last: mx.array,
+        committed: np.ndarray | None,
+        generated: np.ndarray | None,
+        uniform: mx.array | None,
+    ):
+        """
+        Args:
+            committed: (B, L) the tokens before ``last``, left-padded with -1; None
+                where no processor asks for them.
+            generated: (B,) how many of the committed, ``last`` included, were
+                generated; likewise.
+            uniform: (B, 2 num_draft + 1) in [0, 1); None when greedy.
+        """
+        self.sampling = choices.sampling
+        self.last = last
+        self._choices = choices
+        self._generated = generated
+        self._uniform = uniform
+        if committed is not None:
+            self._committed = mx.array(committed)
+
+    def process(self, logits: mx.array, block: mx.array) -> mx.array:
+        """Apply the processors.
+
+        Args:
+            logits: (B, T, V) for the positions after the last T tokens of ``block``.
+            block: (B, T' >= T), the last committed token and what was drafted.
+        """
+        if not self._choices.chain:
+            return logits
+        size, positions = block.shape[1], logits.shape[1]
+        after = np.arange(size - positions, size)
+        prefix = Prefix(
+            mx.concatenate([self._committed, block], axis=1),
+            mx.array((self._generated[:, None] + after).astype(np.int32)),
+        )
+        logits = logits.astype(mx.float32)
+        for processor in self._choices.chain:
+            logits = processor(logits, prefix)
+        return logits
+
+    def draft(
+        self, logits: mx.array, drafted: list[mx.array]
+    ) -> tuple[mx.array, mx.array | None]:
+        """The draft's next token.
+
+        Args:
+            logits: (B, V) of the draft.
+            drafted: (B,) each, the tokens that it proposed before.
+
+        Returns:
+            The token (B,) int32, and q (B, V); None when the choice is greedy.
+        """
+        missing = self._choices.vocabulary - logits.shape[-1]
+        if missing > 0:
+            logits = mx.pad(logits, [(0, 0), (0, missing)], constant_values=-math.inf)
+        logits = logits[:, : self._choices.vocabulary]
+        if self._choices.chain:
+            block = mx.stack([self.last, *drafted], axis=1)
+            logits = self.process(logits[:, None], block)[:, 0]
+        if self.sampling.greedy:
+            return mx.argmax(logits, axis=-1).astype(mx.int32), None
+        q = self.sampling.probs(logits)
+        return draw(q, self._uniform[:, len(drafted)]), q
+
+    def judging(self, drafted: int) -> mx.array:
+        """Random numbers (B, K + 1): the first for the target's own token, the others
+        for judging ``drafted`` tokens. None of them is used for drafting."""
+        start = self._choices.num_draft
+        return self._uniform[:, start : start + 1 + drafted]
