@@ -1,13 +1,16 @@
-"""Measure how fast a pair decodes: per number of draft tokens, against plain decoding.
+"""Measure how fast a pair decodes, against plain decoding in the same loop.
 
     python benchmark.py [--model NAME --draft-model NAME] [--prompts FILE]
-        [--num-draft 0..8] [--baseline transformers]
+        [--num-draft 0..8] [--delta 0,0.5] [--temperature 0,1] [--baseline NAME]
+    python benchmark.py --simulate-alpha 0.75 --target-config t5-base
+        --draft-config t5-small
 
 Every variant answers every prompt, one after the other and in an order that is drawn
 for each, so that a machine that slows down slows all of them. A prompt's seconds,
-encoding included, are the median of its repeats; a speed-up is the quotient of two sums
-over all prompts, with a 95 % bootstrap interval over prompts. The baseline is the same
-loop with no draft tokens.
+encoding included, are the median of its repeats. A speed-up is the quotient of two
+sums over all prompts of seconds per token, with a 95 % bootstrap interval over prompts:
+per token, since texts that are sampled, or relaxed by delta, differ in length. It is
+over the target alone in the same loop, at the same temperature.
 
 With translations to compare with in the file (a tab after the prompt, then one), there
 is a column of sacreBLEU: a prompt's lines together are its references.
@@ -23,27 +26,53 @@ import sys
 import time
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from itertools import islice, zip_longest
+from itertools import islice, product, zip_longest
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 from tqdm import tqdm
 
-from decoder import MAX_TOKENS, Stats
+import baselines
+from decoder import MAX_TOKENS, Stats, check_options, launch
+from drafting import Draft, Drafter, Session
 from errors import InputError, Parser, run
 from main import load_pair, say
-from model import T5
 from pair import Pair
-from sampling import GREEDY, Choices
+from sampling import Choices, Sampling
 
 PROMPTS = Path(__file__).resolve().parent / "demo" / "test.tsv"
 RESAMPLES = 2000  # of the bootstrap
 COST_REPEATS = 60  # timings per entry of the cost table
 COST_PREFIX = 8  # tokens decoded before the timed step
+SIMULATED_PROMPTS, SIMULATED_TOKENS = 3, 64
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is swept: draft tokens per round, delta, temperature."""
+
+    num_draft: int
+    delta: float = 0.0
+    temperature: float = 0.0
+
+    @property
+    def plain(self) -> "Cell":
+        """The cell that this one's speed-up is over."""
+        return Cell(0, 0.0, self.temperature)
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(temperature=self.temperature)
+
+    def __str__(self) -> str:
+        name = f"num-draft {self.num_draft}"
+        if self.temperature:
+            name += f", temperature {self.temperature:g}"
+        return name + (f", delta {self.delta:g}" if self.delta else "")
 
 
 @dataclass(frozen=True)
@@ -58,11 +87,15 @@ class Answer:
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to answer a prompt."""
+    """One way to answer a prompt: ours in a cell, or another program's.
+
+    Attributes:
+        answer: of a prompt and its number.
+    """
 
     name: str
-    num_draft: int | None
-    answer: Callable[[str], Answer]
+    cell: Cell | None
+    answer: Callable[[str, int], Answer]
 
 
 @dataclass(frozen=True)
@@ -70,8 +103,8 @@ class Cost:
     """Seconds of the steps that a round is made of, medians.
 
     Attributes:
-        plain: a pass of the target over one token.
-        verify: a pass over K + 1.
+        plain: a pass of the target over one token, and choosing the next one.
+        verify: a pass over K + 1, and judging them.
         draft: drafting K tokens.
     """
 
@@ -85,123 +118,67 @@ class Row:
     """A line of the table.
 
     Attributes:
-        speedup: over plain decoding, in seconds; ``low`` and ``high`` bound its 95 %
-            interval.
-        forwards: over plain decoding, in passes of the target.
+        speedup: over plain decoding, in seconds per token; ``low`` and ``high`` bound
+            its 95 % interval.
         alpha: accepted over judged draft tokens.
+        tokens_per_round: tokens per pass of the target, which is the speed-up in
+            passes over plain decoding.
         c, v: a draft token's and the verifying pass's cost, in plain passes.
         expected: the speed-up of decoding that alpha, c and v predict.
-        equal: prompts whose tokens are plain decoding's.
+        paper: likewise with v = 1, the paper's formula.
+        equal: prompts whose tokens are plain decoding's; None where it is sampled.
         bleu: sacreBLEU, where there are references.
+        peak_memory: bytes, of MLX's allocations.
     """
 
     name: str
     num_draft: int | None
+    delta: float | None
+    temperature: float | None
     seconds: float
     tokens_per_second: float
     speedup: float
     low: float
     high: float
-    forwards: float | None = None
     alpha: float | None = None
     tokens_per_round: float | None = None
     c: float | None = None
     v: float | None = None
     expected: float | None = None
-    equal: int = 0
+    paper: float | None = None
+    equal: int | None = None
     bleu: float | None = None
+    peak_memory: int | None = None
 
 
-def ours(pair: Pair, num_draft: int, max_tokens: int) -> Variant:
+def ours(pair: Pair, cell: Cell, max_tokens: int) -> Variant:
     """Decoding with this project's loop."""
 
-    def answer(prompt: str) -> Answer:
+    def answer(prompt: str, number: int) -> Answer:
         began = time.perf_counter()
         done = pair.generate(
-            prompt, max_tokens=max_tokens, num_draft=num_draft
+            prompt,
+            max_tokens=max_tokens,
+            num_draft=cell.num_draft,
+            delta=cell.delta,
+            sampling=cell.sampling,
+            stream=number,
         ).finish()
         return Answer(done.text, done.tokens, time.perf_counter() - began, done.stats)
 
-    return Variant(f"num-draft {num_draft}", num_draft, answer)
+    return Variant(str(cell), cell, answer)
 
 
-def transformers_generate(pair: Pair, max_tokens: int) -> Variant:
-    """transformers' greedy ``generate`` on the same weights, in float32.
+def theirs(pair: Pair, baseline: baselines.Baseline) -> Variant:
+    """Greedy decoding with another program, on the same weights."""
 
-    On a GPU where PyTorch knows the one that MLX uses.
-
-    Raises:
-        InputError: PyTorch is not installed.
-    """
-    try:
-        import torch
-        from transformers import DynamicCache, EncoderDecoderCache
-    except ImportError:
-        raise InputError(
-            "--baseline transformers needs torch: pip install torch"
-        ) from None
-
-    device = torch.device("cpu")
-    if mx.default_device() == mx.gpu:
-        if torch.cuda.is_available():
-            device = torch.device("cuda")
-        elif torch.backends.mps.is_available():
-            device = torch.device("mps")
-    model = pair.target.model
-    reference = to_transformers(model, pair.folder).to(device)
-    end = sorted(model.config.eos_tokens)
-    # transformers would emit rows that no token stands for.
-    rows = reference.config.vocab_size
-    size = pair.target.vocabulary
-    banned = [*pair.tokenizer.gaps(size), *range(size, rows)] or None
-
-    def answer(prompt: str) -> Answer:
+    def answer(prompt: str, number: int) -> Answer:
         began = time.perf_counter()
-        ids = torch.tensor([pair.tokenizer.encode(prompt)], device=device)
-        with torch.inference_mode():
-            out = reference.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=max_tokens,
-                do_sample=False,
-                num_beams=1,
-                suppress_tokens=banned,
-                eos_token_id=end,
-                decoder_start_token_id=model.config.start_token,
-                # Its own cache: generate() takes its depth from the encoder.
-                past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()),
-            )
-        tokens = out[0, 1:].tolist()
+        tokens = baseline.generate(pair.tokenizer.encode(prompt))
         text = pair.tokenizer.decode(tokens)
         return Answer(text, tokens, time.perf_counter() - began)
 
-    return Variant(f"transformers, {device.type}", None, answer)
-
-
-def to_transformers(model: T5, folder: Path) -> Any:
-    """The model that was loaded from ``folder`` as transformers' T5, in float32."""
-    import torch
-    from transformers import T5Config as TheirConfig
-    from transformers import T5ForConditionalGeneration
-
-    from convert import recipe
-
-    config = TheirConfig.from_pretrained(folder)
-    tied = "head" not in model
-    config.scale_decoder_outputs = model.config.scale_outputs
-    reference = T5ForConditionalGeneration(config)
-    if not tied:
-        # transformers 5 ties every T5 that it makes.
-        reference.lm_head.weight = torch.nn.Parameter(reference.lm_head.weight.clone())
-    state = {}
-    parameters = dict(tree_flatten(model.parameters()))
-    for name, theirs in recipe(model.config, tied).items():
-        parts = np.array(parameters[name].astype(mx.float32))
-        for part, their_name in zip(np.split(parts, len(theirs)), theirs, strict=True):
-            state[their_name] = torch.from_numpy(part)
-    copies = reference.load_state_dict(state, strict=False).missing_keys
-    assert all("embed_tokens" in name or name == "lm_head.weight" for name in copies)
-    return reference.eval()
+    return Variant(baseline.name, None, answer)
 
 
 def measure(
@@ -212,50 +189,53 @@ def measure(
     The first prompt is answered once more beforehand, to warm up.
     """
     for variant in variants:
-        variant.answer(prompts[0])
+        variant.answer(prompts[0], 0)
     answers: list[list[Answer]] = [[] for _ in variants]
     rng = np.random.default_rng(0)
-    for prompt in tqdm(prompts, unit="prompt", disable=None):
+    for number, prompt in enumerate(tqdm(prompts, unit="prompt", disable=None)):
         runs: list[list[Answer]] = [[] for _ in variants]
         for _ in range(repeats):
             for which in rng.permutation(len(variants)):
                 mx.synchronize()  # what a variant may have left queued on a GPU
-                runs[which].append(variants[which].answer(prompt))
+                runs[which].append(variants[which].answer(prompt, number))
         for which, its in enumerate(runs):
             seconds = statistics.median(run.seconds for run in its)
             answers[which].append(replace(its[0], seconds=seconds))
     return answers
 
 
-def step_cost(pair: Pair, num_draft: int, prompt: str) -> Cost:
-    """Time the steps of a round by themselves, alternating, on one prompt."""
-    ids = pair.tokenizer.encode(prompt)
-    target, drafter = pair.target, pair.drafter
+def step_cost(target: Session, drafter: Drafter, ids: list[int], cell: Cell) -> Cost:
+    """Time the steps of a round by themselves, alternating, on one prompt's ids."""
     begin = target.start([ids])[0]
+    vocabulary, size = target.vocabulary, cell.num_draft
     rng = np.random.default_rng(0)
-    sequence = [*begin, *rng.integers(0, target.vocabulary, COST_PREFIX).tolist()]
+    sequence = [*begin, *rng.integers(0, vocabulary, COST_PREFIX).tolist()]
     mx.eval(target.extend(mx.array([sequence[:-1]])))
     known = len(sequence) - 1
     drafter.start([ids])
+    choices = Choices(cell.sampling, [begin], vocabulary, num_draft=size)
+    tokens = mx.array(rng.integers(0, vocabulary, (1, size)).astype(np.int32))
+    probs = None
+    if cell.temperature:
+        probs = mx.full((1, size, vocabulary), 1 / vocabulary)
+        mx.eval(probs)
 
-    def extend(width: int) -> float:
-        tokens = mx.array([[sequence[-1]] * width])
+    def judge(draft: Draft | None) -> float:
         began = time.perf_counter()
-        mx.eval(mx.argmax(target.extend(tokens), axis=-1))
+        mx.eval(launch(target, choices.begin([sequence]), draft, cell.delta).report)
         seconds = time.perf_counter() - began
         target.rewind([known])
         return seconds
 
-    choices = Choices(GREEDY, [begin], target.vocabulary)
-
     def draft() -> float:
         began = time.perf_counter()
         chooser = choices.begin([sequence])
-        mx.eval(drafter.propose([sequence], num_draft, chooser).tokens)
+        mx.eval(drafter.propose([sequence], size, chooser).tokens)
         return time.perf_counter() - began
 
     timed = [
-        (extend(1), extend(num_draft + 1), draft()) for _ in range(COST_REPEATS + 2)
+        (judge(None), judge(Draft(tokens, probs)), draft())
+        for _ in range(COST_REPEATS + 2)
     ][2:]
     return Cost(*(statistics.median(column) for column in zip(*timed, strict=True)))
 
@@ -263,17 +243,21 @@ def step_cost(pair: Pair, num_draft: int, prompt: str) -> Cost:
 def speedup(
     base: list[Answer], other: list[Answer], seed: int = 0
 ) -> tuple[float, float, float]:
-    """Seconds of ``base`` over those of ``other``: the ratio, its 95 % interval."""
-    seconds = np.array(
-        [[a.seconds, b.seconds] for a, b in zip(base, other, strict=True)]
+    """Seconds per token of ``base`` over those of ``other``: ratio, 95 % interval."""
+    each = np.array(
+        [
+            [a.seconds, len(a.tokens), b.seconds, len(b.tokens)]
+            for a, b in zip(base, other, strict=True)
+        ]
     )
+
+    def ratio(sums: np.ndarray) -> np.ndarray:
+        return (sums[..., 0] / sums[..., 1]) / (sums[..., 2] / sums[..., 3])
+
     rng = np.random.default_rng(seed)
-    drawn = seconds[rng.integers(0, len(seconds), (RESAMPLES, len(seconds)))].sum(
-        axis=1
-    )
-    low, high = np.percentile(drawn[:, 0] / drawn[:, 1], [2.5, 97.5])
-    total = seconds.sum(axis=0)
-    return float(total[0] / total[1]), float(low), float(high)
+    drawn = each[rng.integers(0, len(each), (RESAMPLES, len(each)))].sum(axis=1)
+    low, high = np.percentile(ratio(drawn), [2.5, 97.5])
+    return float(ratio(each.sum(axis=0))), float(low), float(high)
 
 
 def sacrebleu(texts: list[str], references: list[list[str]]) -> float | None:
@@ -296,42 +280,48 @@ def summarise(
     answers: list[Answer],
     plain: list[Answer],
     references: list[list[str]],
-    cost: Cost | None,
+    cost: Cost | None = None,
 ) -> Row:
     """One line of the table; ``cost`` for variants that draft."""
     seconds = sum(answer.seconds for answer in answers)
     ratio, low, high = speedup(plain, answers)
+    cell = variant.cell
     row = Row(
         name=variant.name,
-        num_draft=variant.num_draft,
+        num_draft=cell and cell.num_draft,
+        delta=cell and cell.delta,
+        temperature=cell and cell.temperature,
         seconds=seconds,
         tokens_per_second=sum(len(answer.tokens) for answer in answers) / seconds,
         speedup=ratio,
         low=low,
         high=high,
-        equal=sum(a.tokens == b.tokens for a, b in zip(answers, plain, strict=True)),
         bleu=sacrebleu([answer.text for answer in answers], references),
     )
-    stats = [answer.stats for answer in answers if answer.stats is not None]
-    if not stats:
+    if cell is None or not cell.temperature:
+        same = [a.tokens == b.tokens for a, b in zip(answers, plain, strict=True)]
+        row = replace(row, equal=sum(same))
+    if cell is None:
         return row
-    rounds = sum(each.rounds for each in stats)
+    stats = [answer.stats for answer in answers]
     tested = sum(each.tested for each in stats)
     row = replace(
         row,
-        forwards=sum(answer.stats.rounds for answer in plain) / rounds,
-        tokens_per_round=sum(each.new_tokens for each in stats) / rounds,
+        tokens_per_round=sum(each.new_tokens for each in stats)
+        / sum(each.rounds for each in stats),
+        peak_memory=max(each.peak_memory_bytes for each in stats),
     )
     if cost is None or not tested:
         return row
     alpha = sum(each.accepted for each in stats) / tested
-    k = variant.num_draft
+    k = cell.num_draft
     c, v = cost.draft / k / cost.plain, cost.verify / cost.plain
     tokens = k + 1 if alpha == 1 else (1 - alpha ** (k + 1)) / (1 - alpha)
-    return replace(row, alpha=alpha, c=c, v=v, expected=tokens / (k * c + v))
+    expected, paper = tokens / (k * c + v), tokens / (k * c + 1)
+    return replace(row, alpha=alpha, c=c, v=v, expected=expected, paper=paper)
 
 
-def header(args: Namespace, prompts: int) -> dict[str, Any]:
+def header(args: Namespace) -> dict[str, Any]:
     """What the figures were measured on and with."""
     processor = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
@@ -348,34 +338,88 @@ def header(args: Namespace, prompts: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "mlx": mx.__version__,
         "blas": fast_blas.library,
-        "prompts": prompts,
         "repeats": args.repeats,
-        "max_tokens": args.max_tokens,
     }
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
 
 
 COLUMNS = (
     ("speed-up", 8, lambda r: f"{r.speedup:.2f}"),
     ("95 %", 11, lambda r: f"{r.low:.2f}-{r.high:.2f}"),
     ("tokens/s", 8, lambda r: f"{r.tokens_per_second:.1f}"),
-    ("forwards", 8, lambda r: f"{r.forwards:.2f}" if r.forwards else ""),
-    ("alpha", 6, lambda r: f"{r.alpha:.3f}" if r.alpha is not None else ""),
-    ("per round", 9, lambda r: f"{r.tokens_per_round:.2f}" if r.forwards else ""),
-    ("c", 5, lambda r: f"{r.c:.2f}" if r.c is not None else ""),
-    ("v", 5, lambda r: f"{r.v:.2f}" if r.v is not None else ""),
-    ("expected", 8, lambda r: f"{r.expected:.2f}" if r.expected is not None else ""),
-    ("same text", 9, lambda r: str(r.equal)),
-    ("BLEU", 5, lambda r: f"{r.bleu:.1f}" if r.bleu is not None else ""),
+    ("per pass", 8, lambda r: _shown(r.tokens_per_round, ".2f")),
+    ("alpha", 6, lambda r: _shown(r.alpha, ".3f")),
+    ("c", 5, lambda r: _shown(r.c, ".2f")),
+    ("v", 5, lambda r: _shown(r.v, ".2f")),
+    ("expected", 8, lambda r: _shown(r.expected, ".2f")),
+    ("paper", 5, lambda r: _shown(r.paper, ".2f")),
+    ("same text", 9, lambda r: _shown(r.equal, "d")),
+    ("BLEU", 5, lambda r: _shown(r.bleu, ".1f")),
+    ("MB", 6, lambda r: _shown(r.peak_memory and r.peak_memory / 1e6, ".0f")),
+)
+LEGEND = (
+    "speed-up: seconds per token against the target alone, in this loop; per pass: "
+    "tokens per pass of the target, the speed-up in passes; c, v: a draft token and "
+    "the verifying pass, in plain passes; expected: of decoding, by alpha, c and v; "
+    "paper: the same with v = 1"
 )
 
 
 def table(rows: list[Row]) -> Iterator[str]:
-    """The lines of the table, for a person."""
+    """The lines of the table, for a person, without columns that are empty."""
     names = max(len(row.name) for row in rows)
-    yield "  ".join([" " * names, *(title.rjust(width) for title, width, _ in COLUMNS)])
+    columns = [column for column in COLUMNS if any(column[2](row) for row in rows)]
+    yield "  ".join([" " * names, *(title.rjust(width) for title, width, _ in columns)])
     for row in rows:
-        cells = (show(row).rjust(width) for _, width, show in COLUMNS)
+        cells = (show(row).rjust(width) for _, width, show in columns)
         yield "  ".join([row.name.ljust(names), *cells]).rstrip()
+
+
+def plot(rows: list[Row], path: Path, title: str) -> None:
+    """Draw speed-up against draft tokens per round, measured and expected.
+
+    Raises:
+        InputError: matplotlib is missing, or does not know the file's kind.
+    """
+    from matplotlib.figure import Figure  # without a display
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot(title=title)
+    axes.set(xlabel="draft tokens per round", ylabel="speed-up over the target alone")
+    axes.axhline(1, color="gray", linewidth=0.8)
+    swept = [row for row in rows if row.num_draft is not None]
+    lines = dict.fromkeys((row.temperature, row.delta) for row in swept if row.alpha)
+    for number, (temperature, delta) in enumerate(lines):
+        its = [
+            row
+            for row in swept
+            if row.temperature == temperature
+            and (row.delta == delta or row.num_draft == 0)
+        ]
+        its.sort(key=lambda row: row.num_draft)
+        x, y = [row.num_draft for row in its], [row.speedup for row in its]
+        spread = [
+            [row.speedup - row.low for row in its],
+            [row.high - row.speedup for row in its],
+        ]
+        name = f"temperature {temperature:g}" + (f", delta {delta:g}" if delta else "")
+        color = f"C{number}"
+        axes.errorbar(x, y, spread, color=color, marker="o", capsize=2, label=name)
+        predicted = [(row.num_draft, row.expected) for row in its if row.expected]
+        axes.plot(
+            *zip(*predicted, strict=True),
+            color=color,
+            linestyle="--",
+            label="expected of decoding alone",
+        )
+    for number, row in enumerate(row for row in rows if row.num_draft is None):
+        style = {"color": f"C{number + len(lines)}", "linestyle": ":"}
+        axes.axhline(row.speedup, label=row.name, **style)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
 
 
 def read_prompts(path: Path, limit: int | None) -> dict[str, list[str]]:
@@ -427,10 +471,32 @@ def sweep(text: str) -> list[int]:
     return values
 
 
+def numbers(text: str) -> list[float]:
+    """``0,0.5,1`` as numbers."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ArgumentTypeError(f"'{text}' is no list of numbers like 0,0.5") from None
+
+
 def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise ArgumentTypeError(f"'{text}' is not a whole number above 0")
     return int(text)
+
+
+def probability(text: str) -> float:
+    with suppress(ValueError):
+        if 0 <= float(text) <= 1:
+            return float(text)
+    raise ArgumentTypeError(f"'{text}' is no number between 0 and 1")
+
+
+def writable(text: str) -> Path:
+    """A file to write: that its folder is there is worth knowing before, not after."""
+    if not Path(text).parent.is_dir():
+        raise ArgumentTypeError(f"there is no folder {Path(text).parent}")
+    return Path(text)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> Namespace:
@@ -448,53 +514,172 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
     )
     add("--limit", type=positive, metavar="N", help="only the first N prompts")
     add("--num-draft", type=sweep, default=sweep("1..8"), metavar="0..8|2,4")
-    add("--max-tokens", type=positive, default=MAX_TOKENS, metavar="N")
+    add("--delta", type=numbers, default=[0.0], metavar="0,0.5")
+    add("--temperature", type=numbers, default=[0.0], metavar="0,1")
+    add(
+        "--max-tokens",
+        type=positive,
+        metavar="N",
+        help=f"tokens per answer (default: {MAX_TOKENS}; simulated: "
+        f"{SIMULATED_TOKENS}, and never fewer)",
+    )
     add("--repeats", type=positive, default=1, metavar="N", help="timings per prompt")
     add(
         "--baseline",
         action="append",
         default=[],
-        choices=["transformers"],
-        help="also time this, on the same weights",
+        choices=list(baselines.MAKE),
+        help="also time this, greedily, on the same weights; may be repeated",
     )
-    add("--json", type=Path, metavar="FILE", help="write the figures there as well")
+    add("--json", type=writable, metavar="FILE", help="write the figures there as well")
+    add("--plot", type=writable, metavar="FILE", help="draw them there (.png, .svg)")
+    simulation = parser.add_argument_group(
+        "simulation",
+        "a pair without trained weights: the models cost what they cost in these "
+        "shapes, and a draft token is right with the probability that is given",
+    )
+    add = simulation.add_argument
+    add("--simulate-alpha", type=probability, metavar="A")
+    add("--target-config", metavar="NAME", default="t5-11b")
+    add("--draft-config", metavar="NAME", default="t5-small")
     return parser.parse_args(arguments)
+
+
+def cells(args: Namespace) -> list[Cell]:
+    """The cells to measure, each temperature's plain one before those that draft."""
+    for value in args.delta:
+        check_options(1, 0, value)
+    found: dict[Cell, None] = {}
+    for temperature in args.temperature:
+        found[Cell(0, 0.0, temperature)] = None
+        for delta, count in product(args.delta, args.num_draft):
+            if count:
+                found[Cell(count, delta, temperature)] = None
+    if args.baseline and Cell(0) not in found:
+        raise InputError("the baselines decode greedily: add a --temperature of 0")
+    for cell in found:
+        _ = cell.sampling  # raises for what is no temperature
+    return list(found)
 
 
 def main() -> None:
     args = parse_arguments()
+    swept = cells(args)
+    _need_matplotlib(args.plot)
+    about = header(args)
+    if args.simulate_alpha is None:
+        rows = _measured(args, swept, about)
+    else:
+        rows = _simulated(args, swept, about)
+    for line in table(rows):
+        print(line)
+    say(LEGEND)
+    if args.json:
+        value = {**about, "rows": [asdict(row) for row in rows]}
+        args.json.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
+    if args.plot:
+        plot(rows, args.plot, about.get("simulation", about["device"]))
+
+
+def _measured(args: Namespace, swept: list[Cell], about: dict[str, Any]) -> list[Row]:
+    """The table of a pair and its prompts."""
     references = read_prompts(args.prompts, args.limit)
     prompts = list(references)
     sacrebleu(prompts, list(references.values()))  # if it is missing, say so now
     args.regular_decode = False
     pair = load_pair(args)
-    if pair.drafter is None:
+    if pair.drafter is None and any(cell.num_draft for cell in swept):
         raise InputError("there is no draft to measure: name one with --draft-model")
-    drafts = [count for count in args.num_draft if count]
-    variants = [ours(pair, count, args.max_tokens) for count in [0, *drafts]]
-    if "transformers" in args.baseline:
-        variants.append(transformers_generate(pair, args.max_tokens))
+    max_tokens = args.max_tokens or MAX_TOKENS
+    variants = [ours(pair, cell, max_tokens) for cell in swept]
+    for name in args.baseline:
+        variants.append(theirs(pair, baselines.MAKE[name](pair, max_tokens)))
+    about |= {"prompts": len(prompts), "max_tokens": max_tokens}
+    _say_all(about)
+    answers = measure(variants, prompts, args.repeats)
+    ids = pair.tokenizer.encode(prompts[0])
+    return _rows(
+        variants, answers, list(references.values()), pair.target, pair.drafter, ids
+    )
 
-    about = header(args, len(prompts))
+
+def _simulated(args: Namespace, swept: list[Cell], about: dict[str, Any]) -> list[Row]:
+    """The table of a pair that exists only as shapes."""
+    from simulation import SimulatedPair
+
+    if any(cell.temperature or cell.delta for cell in swept) or args.baseline:
+        raise InputError(
+            "--simulate-alpha decides what is accepted: it goes with neither --delta "
+            "nor --temperature nor --baseline"
+        )
+    max_tokens = args.max_tokens or SIMULATED_TOKENS
+    count = args.limit or SIMULATED_PROMPTS
+    about["simulation"] = (
+        f"SIMULATION: random weights in the shapes of {args.target_config} and "
+        f"{args.draft_config}, alpha {args.simulate_alpha:g} by construction"
+    )
+    about |= {"prompts": count, "max_tokens": max_tokens}
+    _say_all(about)
+    pair = SimulatedPair(
+        args.target_config, args.draft_config, args.simulate_alpha, max_tokens
+    )
+    prompts = [str(number) for number in range(count)]
+
+    def simulated(cell: Cell) -> Variant:
+        def answer(prompt: str, number: int) -> Answer:
+            began = time.perf_counter()
+            tokens, stats = pair.generate(number, cell.num_draft)
+            return Answer("", tokens, time.perf_counter() - began, stats)
+
+        return Variant(f"{cell} (simulated)", cell, answer)
+
+    variants = [simulated(cell) for cell in swept]
+    for number in range(count):
+        pair.prepare(number)
+    answers = measure(variants, prompts, args.repeats)
+    none = [[] for _ in prompts]
+    return _rows(variants, answers, none, pair.target, pair.drafter, pair.prompt(0))
+
+
+def _rows(
+    variants: list[Variant],
+    answers: list[list[Answer]],
+    references: list[list[str]],
+    target: Session,
+    drafter: Drafter | None,
+    ids: list[int],
+) -> list[Row]:
+    """The table's rows; what a round's steps cost is measured for each cell."""
+    plain = {
+        variant.cell: its
+        for variant, its in zip(variants, answers, strict=True)
+        if variant.cell and not variant.cell.num_draft
+    }
+    rows = []
+    for variant, its in zip(variants, answers, strict=True):
+        cost = None
+        if variant.cell and variant.cell.num_draft:
+            cost = step_cost(target, drafter, ids, variant.cell)
+        base = plain[variant.cell.plain if variant.cell else Cell(0)]
+        rows.append(summarise(variant, its, base, references, cost))
+    return rows
+
+
+def _say_all(about: dict[str, Any]) -> None:
     for name, value in about.items():
         say(f"{name}: {value}")
-    answers = measure(variants, prompts, args.repeats)
-    costs = {count: step_cost(pair, count, prompts[0]) for count in drafts}
-    rows = [
-        summarise(
-            variant,
-            its,
-            answers[0],
-            list(references.values()),
-            costs.get(variant.num_draft),
-        )
-        for variant, its in zip(variants, answers, strict=True)
-    ]
-    for line in table(rows):
-        print(line)
-    if args.json:
-        value = {**about, "rows": [asdict(row) for row in rows]}
-        args.json.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
+
+
+def _need_matplotlib(path: Path | None) -> None:
+    if path is None:
+        return
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError("--plot needs matplotlib: pip install matplotlib") from None
+    kinds = Figure().canvas.get_supported_filetypes()
+    if path.suffix[1:] not in kinds:
+        raise InputError(f"{path}: a plot is one of {', '.join(sorted(kinds))}")
 
 
 if __name__ == "__main__":

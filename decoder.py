@@ -195,7 +195,7 @@ def generate(
     ]
     for row in rows:
         row.stats.encode_seconds = encoded - started
-    ahead: _Round | None = None
+    ahead: Round | None = None
     while active := [row for row in rows if not row.finished]:
         # The target adds a token of its own to every draft: more is never needed.
         left = max(row.left for row in active)
@@ -208,14 +208,14 @@ def generate(
             if drafter and size:
                 draft = drafter.propose(sequences, size, chooser)
                 draft.counts = _counts(draft, rows)
-            current = _launch(target, chooser, draft, delta)
+            current = launch(target, chooser, draft, delta)
         if drafter is None and left > 1:
             # All that the next plain round needs of this one is its token, which the
             # device has: build it while this one runs, and on a GPU queue it as well.
             # On a CPU, with no latency to hide, a last round in vain would cost more.
             mx.async_eval(current.report)
             chooser = choices.begin(sequences, current.next_token)
-            ahead = _launch(target, chooser, None, delta)
+            ahead = launch(target, chooser, None, delta)
             if mx.default_device() == mx.gpu:
                 mx.async_eval(ahead.report)
         outcomes = current.read()
@@ -243,7 +243,7 @@ def _counts(draft: Draft, rows: list["_Row"]) -> list[int] | None:
 
 
 @dataclass
-class _Round:
+class Round:
     """A round on its way through the device."""
 
     next_token: mx.array  # (B,) int32
@@ -285,9 +285,9 @@ class _Outcome(NamedTuple):
     draft: list[int]
 
 
-def _launch(
+def launch(
     target: Session, chooser: Chooser, draft: Draft | None, delta: float
-) -> _Round:
+) -> Round:
     """Build a round's graph: run the target over last token and draft, and judge."""
     last = chooser.last
     draft = draft or Draft(mx.zeros((last.shape[0], 0), mx.int32))
@@ -299,7 +299,7 @@ def _launch(
     verdict_columns = (verdict.accepted, verdict.finite, verdict.next_token)
     columns = [column[:, None].astype(mx.int32) for column in verdict_columns]
     report = mx.concatenate([*columns, draft.tokens], axis=1)
-    return _Round(verdict.next_token, report, draft.counts, logits)
+    return Round(verdict.next_token, report, draft.counts, logits)
 
 
 def _judge(chooser: Chooser, logits: mx.array, draft: Draft, delta: float) -> Verdict:

@@ -71,13 +71,17 @@ class Drafter(Protocol):
 
 
 class ModelDrafter:
-    """Drafts with a smaller model, token by token."""
+    """Drafts with a smaller model, token by token.
+
+    Attributes:
+        session: the model and its caches.
+    """
 
     def __init__(self, session: Session):
-        self._session = session
+        self.session = session
 
     def start(self, prompts: list[list[int]]) -> None:
-        self._session.start(prompts)
+        self.session.start(prompts)
         # A row's cache holds `_agreed` positions that are known to be the committed
         # tokens', then those of the last proposal, which may have turned out wrong.
         self._agreed = [0] * len(prompts)
@@ -97,7 +101,7 @@ class ModelDrafter:
             probs.append(q)
             if len(tokens) == num_draft:
                 break
-            logits = self._session.extend(token[:, None])[:, -1]
+            logits = self.session.extend(token[:, None])[:, -1]
         self._proposed = mx.stack(tokens, axis=1)
         return Draft(self._proposed, None if q is None else mx.stack(probs, axis=1))
 
@@ -131,10 +135,10 @@ class ModelDrafter:
         for row, (sequence, start) in enumerate(zip(sequences, starts, strict=True)):
             chunk[row, : len(sequence) - start] = sequence[start:]
         # A target with more ids than the draft: a bad guess follows, not a bad read.
-        chunk = np.minimum(chunk, self._session.vocabulary - 1)
-        self._session.rewind(starts)
-        logits = self._session.extend(mx.array(chunk))
-        self._session.rewind(lengths)
+        chunk = np.minimum(chunk, self.session.vocabulary - 1)
+        self.session.rewind(starts)
+        logits = self.session.extend(mx.array(chunk))
+        self.session.rewind(lengths)
         last = mx.array(lengths) - mx.array(starts) - 1
         self._agreed = lengths
         return mx.take_along_axis(logits, last[:, None, None], axis=1)[:, 0]

@@ -98,6 +98,7 @@ class Pair:
         vocabulary = min(tokenizer.size, target.config.vocab_size)
         gaps = tokenizer.gaps(vocabulary)
         self.folder: Path | None = None  # where the target was loaded from
+        self.draft_folder: Path | None = None
         self.tokenizer = tokenizer
         self.target = T5Session(target, vocabulary, gaps)
         self.drafter: ModelDrafter | None = None
@@ -128,7 +129,7 @@ class Pair:
             )
         draft = load(draft_folder) if draft_folder else None
         pair = cls(load(folder), tokenizer, draft)
-        pair.folder = folder
+        pair.folder, pair.draft_folder = folder, draft_folder
         return pair
 
     def generate(

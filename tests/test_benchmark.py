@@ -4,15 +4,17 @@ import fast_blas  # noqa: F401  (before mlx: see there)
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import DynamicCache, EncoderDecoderCache
 
+import baselines
 import benchmark
 import errors
 import model
-from benchmark import Answer, Cost, Variant
+from benchmark import Answer, Cell, Cost, Variant
 from decoder import Stats
 from pair import Pair
 
@@ -36,25 +38,30 @@ def test_whole_run(call, make, tmp_path):
     status, out, err = call(
         *("--model", make()[2], "--draft-model", make(noise=0.05)[2]),
         *("--prompts", prompts, "--num-draft", "2,0,3", "--max-tokens", 12),
-        *("--baseline", "transformers", "--json", tmp_path / "figures.json"),
+        *(flag for name in baselines.MAKE for flag in ("--baseline", name)),
+        *("--json", tmp_path / "figures.json", "--plot", tmp_path / "plot.svg"),
     )
     assert status == 0, err
     names = ["num-draft 0", "num-draft 2", "num-draft 3"]
-    names.append("transformers, cpu")
+    names += ["transformers, cpu", "transformers assisted, cpu"]
+    names += ["CTranslate2, float32", "CTranslate2, int8"]
     lines = out.splitlines()
     assert [line.split("  ")[0] for line in lines[1:]] == names
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["prompts"] == 5
     rows = {row["name"]: row for row in figures["rows"]}
     assert list(rows) == names
-    assert {row["equal"] for row in rows.values()} == {5}
-    assert len({row["bleu"] for row in rows.values()}) == 1
-    assert rows["num-draft 0"]["speedup"] == rows["num-draft 0"]["forwards"] == 1
+    exact = [row for row in rows.values() if "int8" not in row["name"]]
+    assert {row["equal"] for row in exact} == {5}
+    assert len({row["bleu"] for row in exact}) == 1
+    plain = rows["num-draft 0"]
+    assert plain["speedup"] == plain["tokens_per_round"] == 1
+    drawn = (tmp_path / "plot.svg").read_text()
+    assert drawn.count("<!-- ") > 10 and "draft tokens per round" in drawn
     for k in (2, 3):
         row = rows[f"num-draft {k}"]
         assert 0 < row["alpha"] <= 1
         assert 1 < row["tokens_per_round"] <= k + 1
-        assert row["forwards"] == pytest.approx(row["tokens_per_round"])
         assert row["low"] <= row["speedup"] <= row["high"]
         assert min(row["c"], row["v"], row["expected"]) > 0
 
@@ -67,7 +74,7 @@ def test_their_model_is_ours(make, fields):
         oracle, _, folder = make(untied=True, feed_forward_proj="gated-gelu", **fields)
     else:
         oracle, _, folder = make(**fields)
-    theirs = benchmark.to_transformers(model.load(folder), folder)
+    theirs = baselines.to_transformers(model.load(folder), folder)
     ids = torch.tensor([[5, 6, 7, 1]])
     with torch.inference_mode():
         expected = oracle(input_ids=ids, decoder_input_ids=ids).logits
@@ -78,7 +85,7 @@ def test_their_model_is_ours(make, fields):
 def test_transformers_answers_as_generate_does(make):
     oracle, _, folder = make()
     pair = Pair.load(str(folder))
-    variant = benchmark.transformers_generate(pair, max_tokens=9)
+    variant = benchmark.theirs(pair, baselines.transformers_generate(pair, 9))
     ids = torch.tensor([pair.tokenizer.encode("the cat on")])
     expected = oracle.generate(
         ids,
@@ -86,7 +93,7 @@ def test_transformers_answers_as_generate_does(make):
         max_new_tokens=9,
         past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()),
     )[0, 1:].tolist()
-    answer = variant.answer("the cat on")
+    answer = variant.answer("the cat on", 0)
     assert answer.tokens == expected
     assert answer.text == pair.tokenizer.decode(expected)
     assert answer.seconds > 0
@@ -94,6 +101,63 @@ def test_transformers_answers_as_generate_does(make):
 
 def answers(seconds: list[float], **stats) -> list[Answer]:
     return [Answer("", [3, 4], s, Stats(new_tokens=2, **stats)) for s in seconds]
+
+
+def test_sampled_and_relaxed_sweep(call, make, tmp_path):
+    """Every combination, each compared with plain decoding at its temperature."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS))
+    status, out, err = call(
+        *("--model", make()[2], "--draft-model", make(noise=0.05)[2]),
+        *("--prompts", prompts, "--num-draft", "2", "--max-tokens", 12),
+        *("--temperature", "0,1", "--delta", "0,1", "--json", tmp_path / "f.json"),
+    )
+    assert status == 0, err
+    rows = json.loads((tmp_path / "f.json").read_text())["rows"]
+    assert [(r["temperature"], r["num_draft"], r["delta"]) for r in rows] == [
+        *((0, 0, 0), (0, 2, 0), (0, 2, 1)),
+        *((1, 0, 0), (1, 2, 0), (1, 2, 1)),
+    ]
+    assert [row["speedup"] for row in rows if not row["num_draft"]] == [1, 1]
+    assert [row["equal"] for row in rows[3:]] == [None] * 3
+    assert rows[2]["alpha"] == rows[5]["alpha"] == 1 > rows[4]["alpha"]
+    assert rows[1]["equal"] == 5 > rows[2]["equal"]
+    assert "BLEU" not in out
+
+
+def test_simulation(call, tmp_path):
+    """In the models' real shapes; alpha is what was asked for, and it is labelled."""
+    sizes = {
+        "model_type": "t5",
+        "vocab_size": 50,
+        "d_model": 16,
+        "d_kv": 4,
+        "d_ff": 32,
+        "num_heads": 2,
+        "num_layers": 2,
+    }
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(sizes))
+    for alpha in (0.7, 1.0):
+        status, out, err = call(
+            *("--simulate-alpha", alpha, "--num-draft", "1,4"),
+            *("--target-config", config, "--draft-config", tmp_path),
+            *("--max-tokens", 100, "--limit", 2, "--json", tmp_path / "f.json"),
+        )
+        assert status == 0, err
+        figures = json.loads((tmp_path / "f.json").read_text())
+        assert figures["simulation"].startswith("SIMULATION")
+        assert "SIMULATION" in err
+        assert all("simulated" in line for line in out.splitlines()[1:])
+        plain, *rows = figures["rows"]
+        assert plain["tokens_per_round"] == 1
+        for row in rows:
+            assert row["equal"] == 2
+            assert row["alpha"] == pytest.approx(alpha, abs=0.1)
+    status, _, err = call("--simulate-alpha", 0.5, "--target-config", "t5-huge")
+    assert status == 2 and "t5-huge" in err and "t5-11b" in err
+    status, _, err = call("--simulate-alpha", 0.5, "--temperature", 1)
+    assert status == 2 and "--temperature" in err
 
 
 def test_speedup_is_a_quotient_of_sums():
@@ -109,13 +173,16 @@ def test_expected_speedup_is_the_papers():
     """At c = 0.02 and v = 1, alpha 0.75 and 7 draft tokens: the paper's 3.2 times."""
     plain = answers([1.0] * 4, rounds=2)
     drafted = answers([0.5] * 4, rounds=1, tested=4, accepted=3)
-    variant = Variant("num-draft 7", 7, lambda prompt: drafted[0])
+    variant = Variant("num-draft 7", Cell(7), lambda prompt, number: drafted[0])
     cost = Cost(plain=1.0, verify=1.0, draft=0.14)
     row = benchmark.summarise(variant, drafted, plain, [[]] * 4, cost)
     assert row.alpha == 0.75
-    assert row.forwards == 2
+    assert row.tokens_per_round == 2
     expected = (1 - 0.75**8) / (0.25 * (7 * 0.02 + 1))
-    assert row.expected == pytest.approx(expected)
+    assert row.expected == row.paper == pytest.approx(expected)
+    slow = replace(cost, verify=2.0)
+    row = benchmark.summarise(variant, drafted, plain, [[]] * 4, slow)
+    assert row.expected == pytest.approx(row.paper * 1.14 / 2.14)
     assert row.bleu is None
     sure = answers([0.5] * 4, rounds=1, tested=4, accepted=4)
     row = benchmark.summarise(variant, sure, plain, [[]] * 4, cost)
@@ -129,7 +196,7 @@ def test_variants_take_turns():
     def variant(name: str, seconds: list[float]) -> Variant:
         left = iter(seconds)
 
-        def answer(prompt: str) -> Answer:
+        def answer(prompt: str, number: int) -> Answer:
             asked.append(name)
             return Answer("", [], next(left))
 
@@ -190,6 +257,13 @@ def test_bad_flags(call, make, tmp_path):
         (["--num-draft", "x"], "neither a range"),
         (["--num-draft", "4..2"], "neither a range"),
         (["--repeats", "0"], "above 0"),
+        (["--delta", "a"], "no list of numbers"),
+        (["--delta", "2"], "delta is 2"),
+        (["--temperature", "1", "--baseline", "ctranslate2"], "decode greedily"),
+        (["--temperature", "-1"], "temperature is -1"),
+        (["--simulate-alpha", "1.5"], "between 0 and 1"),
+        (["--json", tmp_path / "no" / "f.json"], "no folder"),
+        (["--plot", tmp_path / "f.sparkle"], "a plot is one of"),
         (["--prompts", tmp_path / "nowhere"], "cannot read"),
     ):
         status, out, err = call(*arguments)
@@ -220,10 +294,14 @@ def test_step_costs_are_of_the_right_steps(make, monkeypatch):
 
     monkeypatch.setattr(pair.target, "extend", watched_extend)
     monkeypatch.setattr(pair.drafter, "propose", watched_propose)
-    cost = benchmark.step_cost(pair, 5, "the cat on")
-    prefix = benchmark.COST_PREFIX
-    assert fed[0] == (0, prefix)
-    assert set(fed[1::2]) == {(prefix, 1)}
-    assert set(fed[2::2]) == {(prefix, 6)}
+    ids = pair.tokenizer.encode("the cat on")
+    for temperature in (0.0, 1.0):
+        fed.clear()
+        cell = Cell(5, temperature=temperature)
+        cost = benchmark.step_cost(pair.target, pair.drafter, ids, cell)
+        prefix = benchmark.COST_PREFIX
+        assert fed[0] == (0, prefix)
+        assert set(fed[1::2]) == {(prefix, 1)}
+        assert set(fed[2::2]) == {(prefix, 6)}
     assert set(drafted) == {(prefix + 1, 5)}
     assert all(math.isfinite(x) and x > 0 for x in vars(cost).values())

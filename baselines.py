@@ -1,0 +1,194 @@
+"""Other programs on the same weights, for benchmark.py to time beside this one."""
+
+import fast_blas  # noqa: F401  (before mlx: see there)
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from errors import InputError
+from model import T5
+from pair import Pair
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A program that decodes greedily.
+
+    Attributes:
+        generate: a prompt's ids -> the new tokens, end-of-sequence included.
+    """
+
+    name: str
+    generate: Callable[[list[int]], list[int]]
+
+
+def transformers_generate(pair: Pair, max_tokens: int) -> Baseline:
+    """transformers' greedy ``generate``, in float32.
+
+    On a GPU where PyTorch knows the one that MLX uses.
+
+    Raises:
+        InputError: PyTorch is not installed.
+    """
+    return _transformers(pair, max_tokens, assisted=False)
+
+
+def transformers_assisted(pair: Pair, max_tokens: int) -> Baseline:
+    """The same with the draft as its assistant model, which proposes as many tokens
+    as transformers' own schedule has it.
+
+    Raises:
+        InputError: PyTorch is not installed, or there is no draft.
+    """
+    return _transformers(pair, max_tokens, assisted=True)
+
+
+def to_transformers(model: T5, folder: Path) -> Any:
+    """The model that was loaded from ``folder`` as transformers' T5, in float32."""
+    import torch
+    from transformers import T5Config as TheirConfig
+    from transformers import T5ForConditionalGeneration
+
+    from convert import recipe
+
+    config = TheirConfig.from_pretrained(folder)
+    tied = "head" not in model
+    config.scale_decoder_outputs = model.config.scale_outputs
+    reference = T5ForConditionalGeneration(config)
+    if not tied:
+        # transformers 5 ties every T5 that it makes.
+        reference.lm_head.weight = torch.nn.Parameter(reference.lm_head.weight.clone())
+    state = {}
+    parameters = dict(tree_flatten(model.parameters()))
+    for name, theirs in recipe(model.config, tied).items():
+        parts = np.array(parameters[name].astype(mx.float32))
+        for part, their_name in zip(np.split(parts, len(theirs)), theirs, strict=True):
+            state[their_name] = torch.from_numpy(part)
+    copies = reference.load_state_dict(state, strict=False).missing_keys
+    assert all("embed_tokens" in name or name == "lm_head.weight" for name in copies)
+    return reference.eval()
+
+
+def _transformers(pair: Pair, max_tokens: int, assisted: bool) -> Baseline:
+    try:
+        import torch
+        from transformers import DynamicCache, EncoderDecoderCache
+        from transformers.utils import logging
+    except ImportError:
+        raise InputError(
+            "--baseline transformers needs torch: pip install torch"
+        ) from None
+    logging.set_verbosity_error()
+
+    device = torch.device("cpu")
+    if mx.default_device() == mx.gpu:
+        if torch.cuda.is_available():
+            device = torch.device("cuda")
+        elif torch.backends.mps.is_available():
+            device = torch.device("mps")
+    model = pair.target.model
+    reference = to_transformers(model, pair.folder).to(device)
+    # transformers would emit rows that no token stands for.
+    size = pair.target.vocabulary
+    banned = [*pair.tokenizer.gaps(size), *range(size, reference.config.vocab_size)]
+    options = {
+        "max_new_tokens": max_tokens,
+        "do_sample": False,
+        "num_beams": 1,
+        "suppress_tokens": banned or None,
+        "eos_token_id": sorted(model.config.eos_tokens),
+        "decoder_start_token_id": model.config.start_token,
+    }
+    name = f"transformers, {device.type}"
+    if assisted:
+        assistant = to_transformers(_draft(pair), pair.draft_folder).to(device)
+        options["assistant_model"] = assistant
+        name = f"transformers assisted, {device.type}"
+
+    def generate(prompt: list[int]) -> list[int]:
+        ids = torch.tensor([prompt], device=device)
+        its = dict(options)
+        if not assisted:
+            # Its own cache: generate() takes its depth from the encoder.
+            its["past_key_values"] = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        with torch.inference_mode():
+            mask = torch.ones_like(ids)
+            out = reference.generate(input_ids=ids, attention_mask=mask, **its)
+        return out[0, 1:].tolist()
+
+    return Baseline(name, generate)
+
+
+def ctranslate2(pair: Pair, max_tokens: int, int8: bool = False) -> Baseline:
+    """CTranslate2's greedy search, on a CPU, in float32 or with int8 weights.
+
+    Raises:
+        InputError: CTranslate2 or PyTorch, which its converter needs, is missing.
+    """
+    try:
+        import ctranslate2 as library
+        from ctranslate2.converters import TransformersConverter
+
+        reference = to_transformers(pair.target.model, pair.folder)
+    except ImportError as error:
+        raise InputError(
+            f"--baseline ctranslate2 needs ctranslate2 and torch: {error}"
+        ) from None
+    kind = "int8" if int8 else "float32"
+    with tempfile.TemporaryDirectory() as folder:
+        theirs, converted = Path(folder) / "hf", str(Path(folder) / "ct2")
+        reference.save_pretrained(theirs)
+        for file in pair.folder.iterdir():
+            if file.name.startswith(("tokenizer", "special_tokens", "spiece")):
+                shutil.copy(file, theirs)
+        TransformersConverter(str(theirs)).convert(converted, quantization=kind)
+        translator = library.Translator(
+            converted,
+            device="cpu",
+            compute_type=kind,
+            inter_threads=1,
+            intra_threads=os.cpu_count(),
+        )
+    names = {token: name for name, token in pair.tokenizer.ids.items()}
+    ends = pair.target.model.config.eos_tokens
+
+    def generate(prompt: list[int]) -> list[int]:
+        (result,) = translator.translate_batch(
+            [[names[token] for token in prompt]],
+            beam_size=1,
+            max_decoding_length=max_tokens,
+            end_token=[names[token] for token in ends],
+            return_end_token=True,
+        )
+        return [pair.tokenizer.ids[name] for name in result.hypotheses[0]]
+
+    return Baseline(f"CTranslate2, {kind}", generate)
+
+
+def ctranslate2_int8(pair: Pair, max_tokens: int) -> Baseline:
+    """See :func:`ctranslate2`."""
+    return ctranslate2(pair, max_tokens, int8=True)
+
+
+def _draft(pair: Pair) -> T5:
+    if pair.drafter is None:
+        raise InputError("--baseline transformers-assisted needs a --draft-model")
+    return pair.drafter.session.model
+
+
+#: By the names that --baseline takes.
+MAKE: dict[str, Callable[[Pair, int], Baseline]] = {
+    "transformers": transformers_generate,
+    "transformers-assisted": transformers_assisted,
+    "ctranslate2": ctranslate2,
+    "ctranslate2-int8": ctranslate2_int8,
+}
