@@ -181,12 +181,9 @@ class MappedWeights:
         """How many numbers there are."""
         return sum(stored.view.size for stored in self._stored.values())
 
-    def bytes(self, dtype: mx.Dtype | None = None) -> int:
-        """How many bytes the tensors take, as stored or as ``dtype``."""
-        return sum(
-            stored.view.size * (dtype.size if dtype else stored.view.itemsize)
-            for stored in self._stored.values()
-        )
+    def bytes(self) -> int:
+        """How many bytes the tensors take, as stored."""
+        return sum(stored.view.nbytes for stored in self._stored.values())
 
     def load(
         self, expected: Mapping[str, tuple[int, ...]], dtype: mx.Dtype | None = None
@@ -195,7 +192,8 @@ class MappedWeights:
 
         Args:
             expected: the name and shape of each tensor that has to be there.
-            dtype: what to convert them to, one by one; None leaves them as stored.
+            dtype: what to convert floating-point numbers to, one tensor after the
+                other; None leaves them as stored.
 
         Raises:
             InputError: the tensors are not those expected. All of them are checked
@@ -212,7 +210,9 @@ class MappedWeights:
                 if value is None:
                     value = _copy(stored.view)
                 # One by one: what is read and what it is converted to never add up.
-                loaded[name] = value if dtype is None else value.astype(dtype)
+                if dtype and mx.issubdtype(value.dtype, mx.floating):
+                    value = value.astype(dtype)
+                loaded[name] = value
                 mx.eval(loaded[name])
             stream.close()
         if stream.error:

@@ -1,6 +1,6 @@
 """Convert a Hugging Face T5 checkpoint into a folder that MLX loads at disk speed.
 
-    python convert.py --model t5-11b [--output DIR] [--dtype auto|float32|bfloat16]
+    python convert.py --model t5-11b [--output DIR] [--dtype DTYPE] [-q]
     python convert.py --list
 
 Tensors stream block by block from the memory-mapped source into ``weights.npz``, so
@@ -10,39 +10,51 @@ is complete; until then an earlier one stays.
 
 import errno
 import glob
+import json
 import math
 import os
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from errors import InputError, Parser, run
 from sources import Tensor, fetch, open_checkpoint
 
+if TYPE_CHECKING:
+    from config import Quantization
+
+#: The members of a quantized matrix, where a whole one has its weight.
+QUANTIZED = ("weight", "scales", "biases")
+
 #: Above this, ``--dtype auto`` stores float32 checkpoints as bfloat16.
 BILLION = 1_000_000_000
 
-#: Copies of the embedding, and a bias that old checkpoints have and nothing reads.
-UNUSED = frozenset(
-    {
-        "shared.weight",
-        "encoder.embed_tokens.weight",
-        "decoder.embed_tokens.weight",
-        "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
-    }
+#: Where the embedding may be; the others are copies. MADLAD-400 has no shared.weight.
+EMBEDDINGS = (
+    "shared.weight",
+    "decoder.embed_tokens.weight",
+    "encoder.embed_tokens.weight",
 )
+#: A bias that old checkpoints have and nothing reads.
+UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-def recipe(config: Any, tied: bool) -> dict[str, list[str]]:
+def recipe(
+    config: Any, tied: bool, embedding: str = EMBEDDINGS[0]
+) -> dict[str, list[str]]:
     """For every tensor of ours the checkpoint's tensors that it stacks, by rows.
 
     Projections of the same input are one matrix here: q, k and v of self-attention, k
     and v of cross-attention, the two of a gated feed-forward.
     """
-    names = {"embedding.weight": ["shared.weight"]}
+    names = {"embedding.weight": [embedding]}
     if not tied:
         names["head.weight"] = ["lm_head.weight"]
 
@@ -51,9 +63,12 @@ def recipe(config: Any, tied: bool) -> dict[str, list[str]]:
         ("decoder", config.num_decoder_layers),
     ):
         names[f"{stack}.norm.weight"] = [f"{stack}.final_layer_norm.weight"]
-        names[f"{stack}.position_bias.weight"] = [
-            f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-        ]
+        for layer in range(1 if config.shared_bias else layers):
+            bias = "position_bias" if config.shared_bias else f"position_bias.{layer}"
+            names[f"{stack}.{bias}.weight"] = [
+                f"{stack}.block.{layer}.layer.0.SelfAttention"
+                ".relative_attention_bias.weight"
+            ]
         for layer in range(layers):
             ours = f"{stack}.layers.{layer}"
             theirs = [f"{stack}.block.{layer}.layer.{part}" for part in range(3)]
@@ -89,8 +104,9 @@ def plan(config: Any, tensors: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
     """
     from model import T5, parameter_shapes
 
-    tied = _is_tied(tensors)
-    names = recipe(config, tied)
+    embedding = next((name for name in EMBEDDINGS if name in tensors), EMBEDDINGS[0])
+    tied = _is_tied(tensors, embedding)
+    names = recipe(config, tied, embedding)
     shapes = parameter_shapes(T5(config, tied))
     assert names.keys() == shapes.keys()
     steps: dict[str, list[Tensor]] = {}
@@ -108,7 +124,7 @@ def plan(config: Any, tensors: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
             )
         steps[ours] = parts
     used = {name for theirs in names.values() for name in theirs}
-    known = used | UNUSED | ({"lm_head.weight"} if tied else set())
+    known = {*used, *EMBEDDINGS, UNUSED} | ({"lm_head.weight"} if tied else set())
     stray = next((name for name in tensors if name not in known), None)
     if stray:
         raise InputError(f"the checkpoint has {stray}, which T5 has no place for")
@@ -120,46 +136,85 @@ def _stacked(parts: list[Tensor]) -> tuple[int, ...]:
     return (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
 
 
-def _is_tied(tensors: Mapping[str, Tensor]) -> bool:
+def _is_tied(tensors: Mapping[str, Tensor], embedding: str) -> bool:
     """Whether the output head is the embedding: there is no other, or it is a copy."""
     import numpy as np
 
-    head, embedding = tensors.get("lm_head.weight"), tensors.get("shared.weight")
-    if head is None or embedding is None:
+    head, shared = tensors.get("lm_head.weight"), tensors.get(embedding)
+    if head is None or shared is None:
         return head is None
-    return head.shape == embedding.shape and np.array_equal(head.bits, embedding.bits)
+    return head.shape == shared.shape and np.array_equal(head.bits, shared.bits)
 
 
 def choose_dtype(wanted: str, tensors: Mapping[str, Tensor]) -> str:
-    """The dtype to store: as asked, or for ``auto`` what the checkpoint has.
-
-    float32 becomes bfloat16 for models of over a billion parameters, and float16, whose
-    range T5's activations exceed, float32 or bfloat16 by the same rule.
-    """
+    """The dtype to store: as asked, or for ``auto`` what most of the checkpoint is in,
+    but bfloat16 for float32 models of over a billion parameters."""
     if wanted != "auto":
         return wanted
-    stored = {tensor.dtype for tensor in tensors.values()}
-    if stored == {"BF16"}:
-        return "bfloat16"
-    large = sum(math.prod(tensor.shape) for tensor in tensors.values()) > BILLION
-    if large:
+    sizes: Counter[str] = Counter()
+    for tensor in tensors.values():
+        sizes[tensor.dtype] += math.prod(tensor.shape)
+    ((most, _),) = sizes.most_common(1)
+    if most == "F32" and sizes.total() > BILLION:
         print("storing bfloat16, half of float32 (--dtype says else)", file=sys.stderr)
-    return "bfloat16" if large else "float32"
+        return "bfloat16"
+    return DTYPES.get(most, "float32")
 
 
-def convert(source: Path, output: Path, dtype: str = "auto") -> None:
+@dataclass(frozen=True)
+class Storage:
+    """How the tensors are stored: in what dtype, and whether quantized."""
+
+    dtype: str
+    quantization: "Quantization | None" = None
+
+    def dtype_of(self, name: str) -> str:
+        """What exceeds float16 when it is computed with stays float32."""
+        wide = self.dtype == "float16" and name.endswith("feed_forward.wo.weight")
+        return "float32" if wide else self.dtype
+
+    def quantizes(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Matrices whose rows are whole groups; position biases are none."""
+        return (
+            self.quantization is not None
+            and len(shape) == 2
+            and "position_bias" not in name
+            and shape[1] % self.quantization.group_size == 0
+        )
+
+    def bytes(self, name: str, shape: tuple[int, ...]) -> int:
+        """What a tensor takes."""
+        width = 4 if self.dtype_of(name) == "float32" else 2
+        if not self.quantizes(name, shape):
+            return width * math.prod(shape)
+        groups = math.prod(shape) // self.quantization.group_size
+        affine = self.quantization.mode == "affine"
+        packed = math.prod(shape) * self.quantization.bits // 8
+        return packed + groups * (2 * width if affine else 1)
+
+
+def convert(
+    source: Path,
+    output: Path,
+    dtype: str = "auto",
+    quantization: "Quantization | None" = None,
+) -> None:
     """Convert the checkpoint in ``source`` into the folder ``output``.
+
+    Args:
+        dtype: of :data:`DTYPES`, or ``auto``, see :func:`choose_dtype`.
+        quantization: how to quantize the matrices; None leaves them.
 
     Raises:
         InputError: the source is no T5 checkpoint that can be read whole, the output
             would replace something else, or the disk is full.
     """
-    from checkpoint import CONFIG, GENERATION_CONFIG, WEIGHTS
-    from model import T5Config
+    from checkpoint import CONFIG, GENERATION_CONFIG, WEIGHTS, read_json
+    from config import T5Config
 
     tensors = open_checkpoint(source)
     steps = plan(T5Config.read(source), tensors)
-    dtype = choose_dtype(dtype, tensors)
+    storage = Storage(choose_dtype(dtype, tensors), quantization)
     if output.exists() and not (output / WEIGHTS).is_file():
         raise InputError(
             f"{output} exists and is no converted model: it stays as it is"
@@ -169,11 +224,15 @@ def convert(source: Path, output: Path, dtype: str = "auto") -> None:
     try:
         with _replacing(output) as folder:
             save_tokenizer(source, folder)
-            for name in (CONFIG, GENERATION_CONFIG):
-                if (source / name).is_file():
-                    shutil.copyfile(source / name, folder / name)
-            _require_space(folder, steps, dtype)
-            _write_weights(folder / WEIGHTS, steps, dtype)
+            if (source / GENERATION_CONFIG).is_file():
+                shutil.copyfile(source / GENERATION_CONFIG, folder / GENERATION_CONFIG)
+            config = read_json(source / CONFIG)
+            config.pop("quantization", None)
+            if quantization:
+                config["quantization"] = asdict(quantization)
+            (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+            _require_space(folder, steps, storage)
+            _write_weights(folder / WEIGHTS, steps, storage)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise InputError(f"no space left on the disk of {output.parent}") from None
@@ -223,11 +282,10 @@ def _is_running(pid: str) -> bool:
     return True
 
 
-def _require_space(folder: Path, steps: Mapping[str, list[Tensor]], dtype: str) -> None:
-    width = 4 if dtype == "float32" else 2
-    needed = width * sum(
-        math.prod(part.shape) for parts in steps.values() for part in parts
-    )
+def _require_space(
+    folder: Path, steps: Mapping[str, list[Tensor]], storage: Storage
+) -> None:
+    needed = sum(storage.bytes(name, _stacked(parts)) for name, parts in steps.items())
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise InputError(
@@ -236,7 +294,9 @@ def _require_space(folder: Path, steps: Mapping[str, list[Tensor]], dtype: str) 
         )
 
 
-def _write_weights(path: Path, steps: Mapping[str, list[Tensor]], dtype: str) -> None:
+def _write_weights(
+    path: Path, steps: Mapping[str, list[Tensor]], storage: Storage
+) -> None:
     import mlx.core as mx
 
     from checkpoint import WeightsWriter
@@ -247,20 +307,47 @@ def _write_weights(path: Path, steps: Mapping[str, list[Tensor]], dtype: str) ->
         _progress(total) as progress,
     ):
         for name, parts in steps.items():
-            writer.write(
-                name,
-                _stacked(parts),
-                getattr(mx, dtype),
-                _blocks(parts, getattr(mx, dtype), progress),
-            )
+            dtype = getattr(mx, storage.dtype_of(name))
+            blocks = _blocks(parts, dtype, progress)
+            if storage.quantizes(name, _stacked(parts)):
+                packed = _quantized(blocks, storage.quantization)
+                for part, value in zip(QUANTIZED, packed, strict=False):
+                    member = name.removesuffix("weight") + part
+                    writer.write(member, value.shape, value.dtype, [value])
+            else:
+                writer.write(name, _stacked(parts), dtype, blocks)
 
 
 def _blocks(parts: list[Tensor], dtype: Any, progress: Any) -> Iterator[Any]:
-    """The rows of all parts, one part after the other, converted."""
+    """The rows of all parts, one part after the other, converted.
+
+    Raises:
+        InputError: a number is beyond float16, which is to be stored.
+    """
+    import mlx.core as mx
+
     for part in parts:
         for block in part.blocks():
-            yield block.astype(dtype)
+            converted = block.astype(dtype)
+            if dtype == mx.float16 and not mx.isfinite(converted).all().item():
+                raise InputError(
+                    f"{part.name} has numbers beyond float16: give another --dtype"
+                )
+            yield converted
             progress.update(block.nbytes)
+
+
+def _quantized(blocks: Iterator[Any], how: "Quantization") -> list[Any]:
+    """A matrix packed block by block: its integers, scales and, for affine, biases."""
+    import mlx.core as mx
+
+    packed = []
+    for block in blocks:
+        packed.append(
+            mx.quantize(block, group_size=how.group_size, bits=how.bits, mode=how.mode)
+        )
+        mx.eval(packed[-1])
+    return [mx.concatenate(part) for part in zip(*packed, strict=True)]
 
 
 def _progress(total: int) -> Any:
@@ -301,10 +388,31 @@ def parse_arguments(arguments: list[str] | None = None) -> Any:
     )
     parser.add_argument(
         "--dtype",
-        choices=("auto", "float32", "bfloat16"),
+        choices=("auto", *DTYPES.values()),
         default="auto",
         help="what the weights are stored in (default: auto, as the checkpoint has "
-        "them, but bfloat16 for models of over a billion parameters)",
+        "them, but bfloat16 for float32 models of over a billion parameters)",
+    )
+    parser.add_argument(
+        "-q",
+        "--quantize",
+        action="store_true",
+        help="store the matrices as integers of few bits, with scales",
+    )
+    parser.add_argument(
+        "--q-mode",
+        metavar="MODE",
+        help="affine (2, 3, 4, 5, 6 or 8 bits in groups of 32, 64 or 128), mxfp4, "
+        "mxfp8 or nvfp4 (default: affine)",
+    )
+    parser.add_argument(
+        "--q-bits", type=int, metavar="N", help="bits of a weight (affine: 4)"
+    )
+    parser.add_argument(
+        "--q-group-size",
+        type=int,
+        metavar="N",
+        help="weights that share a scale (affine: 64)",
     )
     parser.add_argument(
         "--list", action="store_true", help="show what is converted, and do no more"
@@ -312,23 +420,33 @@ def parse_arguments(arguments: list[str] | None = None) -> Any:
     chosen = parser.parse_args(arguments)
     if not chosen.model and not chosen.list:
         parser.error("--model is missing: which checkpoint is to be converted?")
+    if not chosen.quantize and (
+        chosen.q_mode or chosen.q_bits or chosen.q_group_size is not None
+    ):
+        parser.error("--q-mode, --q-bits and --q-group-size go with -q")
     return chosen
 
 
 def list_models(models: Path) -> Iterator[str]:
     """A line for each converted model in ``models``: name, parameters, size, dtypes."""
     from checkpoint import WEIGHTS, MappedWeights
+    from config import T5Config
+    from model import T5, parameter_shapes
 
     for path in sorted(models.glob(f"*/{WEIGHTS}")):
         try:
             weights = MappedWeights(path)
+            config = T5Config.read(path.parent)
         except InputError as error:
             yield f"{path.parent.name}: {error}"
             continue
-        dtypes = sorted(str(dtype).rpartition(".")[2] for dtype in weights.dtypes())
+        model = T5(config, tied="head.weight" not in weights)
+        parameters = sum(map(math.prod, parameter_shapes(model).values()))
+        dtypes = [str(dtype).rpartition(".")[2] for dtype in weights.dtypes()]
+        kind = str(config.quantization or ", ".join(sorted(dtypes)))
         yield (
-            f"{path.parent.name}: {weights.parameters() / 1e6:.1f} M parameters, "
-            f"{path.stat().st_size / 1e9:.2f} GB, {', '.join(dtypes)}"
+            f"{path.parent.name}: {parameters / 1e6:.1f} M parameters, "
+            f"{path.stat().st_size / 1e9:.2f} GB, {kind}"
         )
 
 
@@ -340,12 +458,19 @@ def main() -> None:
         lines = list(list_models(MODELS))
         print("\n".join(lines) if lines else f"nothing is converted in {MODELS} yet")
         return
+    quantization = None
+    if arguments.quantize:
+        from config import Quantization
+
+        quantization = Quantization.choose(
+            arguments.q_mode or "affine", arguments.q_bits, arguments.q_group_size
+        )
     source = fetch(arguments.model, arguments.revision)
     # The hub's cache names folders by commit; a local one may be '.'.
     local = Path(arguments.model)
     name = local.resolve().name if local.is_dir() else local.name
     output = arguments.output or MODELS / name
-    convert(source, output, arguments.dtype)
+    convert(source, output, arguments.dtype, quantization)
     print(f"converted into {output}", file=sys.stderr)
 
 

@@ -94,6 +94,11 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
         action="store_true",
         help="then decode with the target alone too, and say how much longer it took",
     )
+    add(
+        "--keep-special",
+        action="store_true",
+        help="show special tokens like <extra_id_0> in the text",
+    )
     add("--color", action="store_true", help="show the draft's tokens in green")
     add("--json", action="store_true", help="print one JSON object instead of the text")
     add("--verbose", action="store_true", help="say more about models and rounds")
@@ -369,6 +374,7 @@ def main() -> None:
             delta=arguments.delta,
             sampling=sampling,
             stream=stream,
+            keep_special=arguments.keep_special,
         )
 
     def write(answers: list["Generation"]) -> None:

@@ -14,138 +14,42 @@ import fast_blas  # noqa: F401  (before mlx: see there)
 
 import math
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from checkpoint import CONFIG, GENERATION_CONFIG, WEIGHTS, MappedWeights, read_json
+from checkpoint import WEIGHTS, MappedWeights
+from config import Quantization, T5Config
 from errors import InputError
 
-_ACTIVATIONS = {
-    "relu": nn.relu,
-    "gelu": nn.gelu,
-    "gelu_new": nn.gelu_approx,
-    "silu": nn.silu,
-}
 
-
-@dataclass(frozen=True)
-class T5Config:
-    """What of a Hugging Face ``config.json`` shapes the computation."""
-
-    vocab_size: int
-    d_model: int
-    d_kv: int
-    d_ff: int
-    num_heads: int
-    num_layers: int
-    num_decoder_layers: int
-    num_buckets: int
-    max_distance: int
-    epsilon: float
-    activation: str
-    gated: bool
-    scale_outputs: bool
-    start_token: int
-    eos_tokens: frozenset[int]
-
-    @classmethod
-    def from_dict(
-        cls, config: Mapping[str, Any], generation: Mapping[str, Any]
-    ) -> "T5Config":
-        """Read ``config.json`` and ``generation_config.json`` (may be empty).
-
-        Raises:
-            InputError: another architecture, or a field that is missing or odd.
-        """
-        kind = config.get("model_type")
-        if kind != "t5":
-            raise InputError(f"model_type '{kind}' is not supported: t5 is")
-        try:
-            feed_forward = config.get("feed_forward_proj", "relu")
-            *gated, activation = feed_forward.split("-")
-            if feed_forward == "gated-gelu":
-                activation = "gelu_new"  # transformers' reading of T5 1.1's configs
-            if activation not in _ACTIVATIONS or gated not in ([], ["gated"]):
-                raise InputError(f"feed_forward_proj '{feed_forward}' is not supported")
-            start = generation.get(
-                "decoder_start_token_id", config.get("decoder_start_token_id")
-            )
-            eos = generation.get("eos_token_id", config.get("eos_token_id", 1))
-            result = cls(
-                vocab_size=int(config["vocab_size"]),
-                d_model=int(config["d_model"]),
-                d_kv=int(config["d_kv"]),
-                d_ff=int(config["d_ff"]),
-                num_heads=int(config["num_heads"]),
-                num_layers=int(config["num_layers"]),
-                num_decoder_layers=int(
-                    config.get("num_decoder_layers") or config["num_layers"]
-                ),
-                num_buckets=int(config.get("relative_attention_num_buckets", 32)),
-                max_distance=int(config.get("relative_attention_max_distance", 128)),
-                epsilon=float(config.get("layer_norm_epsilon", 1e-6)),
-                activation=activation,
-                gated=bool(gated),
-                scale_outputs=_scales_outputs(config),
-                start_token=int(
-                    config.get("pad_token_id", 0) if start is None else start
-                ),
-                eos_tokens=frozenset(map(int, eos if isinstance(eos, list) else [eos])),
-            )
-        except KeyError as error:
-            raise InputError(f"the config has no {error.args[0]}") from None
-        except (TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"the config has an odd value: {error}") from None
-        result._check()
-        return result
-
-    @classmethod
-    def read(cls, folder: Path) -> "T5Config":
-        """The config of a checkpoint folder, Hugging Face's or converted."""
-        return cls.from_dict(
-            read_json(folder / CONFIG),
-            read_json(folder / GENERATION_CONFIG, optional=True),
-        )
-
-    def _check(self) -> None:
-        """Refuse what would make an index run out of its array: MLX does not."""
-        sizes = (
-            *(self.vocab_size, self.d_model, self.d_kv, self.d_ff, self.num_heads),
-            *(self.num_layers, self.num_decoder_layers),
-        )
-        if not all(1 <= size < 1 << 31 for size in sizes):
-            raise InputError("the config has a size below 1 or beyond all reason")
-        if not 0 <= self.start_token < self.vocab_size:
-            raise InputError(
-                f"decoding would start from token {self.start_token}, but the config "
-                f"has {self.vocab_size}"
-            )
-        # Below these there is no logarithm to number the distant buckets by.
-        if self.num_buckets < 4 or self.max_distance <= self.num_buckets // 2:
-            raise InputError(
-                f"no relative position bias has {self.num_buckets} buckets for "
-                f"distances up to {self.max_distance}"
-            )
-
-
-def _scales_outputs(config: Mapping[str, Any]) -> bool:
-    """Whether the decoder's output is multiplied by d_model^-0.5 before the head.
-
-    T5 1.0 does, T5 1.1 does not. transformers 5 says so in a field of its own,
-    and then writes ``tie_word_embeddings: true`` whatever it was; before, T5 1.0 was
-    told from 1.1 by that field.
-    """
-    explicit = config.get("scale_decoder_outputs")
-    if explicit is not None:
-        return bool(explicit)
-    return config.get("tie_word_embeddings") is not False
+def activation(name: str) -> Callable[[mx.array], mx.array]:
+    """A feed-forward's activation by transformers' name (``config.ACTIVATIONS``)."""
+    return {
+        "gelu": nn.gelu,
+        "gelu_10": lambda x: mx.clip(nn.gelu(x), -10, 10),
+        "gelu_python": nn.gelu,
+        "hardswish": nn.hardswish,
+        "laplace": lambda x: 0.5 * (1 + mx.erf((x - 0.707107) / (0.282095 * 2**0.5))),
+        "leaky_relu": nn.leaky_relu,
+        "linear": lambda x: x,
+        "mish": nn.mish,
+        "quick_gelu": lambda x: x * mx.sigmoid(1.702 * x),
+        "relu": nn.relu,
+        "relu2": lambda x: mx.square(nn.relu(x)),
+        "relu6": nn.relu6,
+        "sigmoid": mx.sigmoid,
+        "silu": nn.silu,
+        "sqrtsoftplus": lambda x: mx.sqrt(nn.softplus(x)),
+        "swish": nn.silu,
+        "tanh": mx.tanh,
+    }.get(name, nn.gelu_approx)  # the other names are the same approximation
 
 
 def position_buckets(
@@ -178,6 +82,16 @@ def position_buckets(
     steps = np.log(ratio) / scale * np.float32(num_buckets - exact)
     far = np.minimum(exact + np.maximum(steps, 0).astype(np.int32), num_buckets - 1)
     return (offset + np.where(away < exact, away, far)).astype(np.int32)
+
+
+class Norm(nn.RMSNorm):
+    """RMS norm whose result has the dtype of the weights, of the matrices that is.
+
+    The stream it reads is wider where that is float16: see :class:`T5`.
+    """
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return super().__call__(x).astype(self.weight.dtype)
 
 
 class PositionBias(nn.Module):
@@ -235,7 +149,10 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """T5 1.0's two projections, or T5 1.1's three with a gate."""
+    """T5 1.0's two projections, or T5 1.1's three with a gate.
+
+    What the last one yields exceeds float16: then it is computed in float32.
+    """
 
     def __init__(self, config: T5Config):
         super().__init__()
@@ -243,14 +160,16 @@ class FeedForward(nn.Module):
         self.wi = nn.Linear(config.d_model, columns * config.d_ff, bias=False)
         self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
         self._gated = config.gated
-        self._activation = _ACTIVATIONS[config.activation]
+        self._activation = activation(config.activation)
 
     def __call__(self, x: mx.array) -> mx.array:
         x = self.wi(x)
         if self._gated:
             gate, x = mx.split(x, 2, axis=-1)
-            return self.wo(self._activation(gate) * x)
-        return self.wo(self._activation(x))
+            x = self._activation(gate) * x
+        else:
+            x = self._activation(x)
+        return self.wo(x.astype(mx.float32) if x.dtype == mx.float16 else x)
 
 
 class EncoderLayer(nn.Module):
@@ -258,9 +177,9 @@ class EncoderLayer(nn.Module):
 
     def __init__(self, config: T5Config):
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.d_model, config.epsilon)
+        self.attention_norm = Norm(config.d_model, config.epsilon)
         self.attention = Attention(config)
-        self.feed_forward_norm = nn.RMSNorm(config.d_model, config.epsilon)
+        self.feed_forward_norm = Norm(config.d_model, config.epsilon)
         self.feed_forward = FeedForward(config)
 
     def __call__(self, x: mx.array, bias: mx.array) -> mx.array:
@@ -275,18 +194,20 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: T5Config):
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.d_model, config.epsilon)
+        self.attention_norm = Norm(config.d_model, config.epsilon)
         self.attention = Attention(config)
-        self.cross_attention_norm = nn.RMSNorm(config.d_model, config.epsilon)
+        self.cross_attention_norm = Norm(config.d_model, config.epsilon)
         self.cross_attention = Attention(config, cross=True)
-        self.feed_forward_norm = nn.RMSNorm(config.d_model, config.epsilon)
+        self.feed_forward_norm = Norm(config.d_model, config.epsilon)
         self.feed_forward = FeedForward(config)
 
-    def __call__(self, x: mx.array, cache: "LayerCache", step: "Step") -> mx.array:
+    def __call__(
+        self, x: mx.array, cache: "LayerCache", step: "Step", past: mx.array
+    ) -> mx.array:
         q, k, v = self.attention.project(self.attention_norm(x))
         cache.keys = step.write(cache.keys, k)
         cache.values = step.write(cache.values, v)
-        x = x + self.attention.attend(q, cache.keys, cache.values, step.past)
+        x = x + self.attention.attend(q, cache.keys, cache.values, past)
         cross = self.cross_attention
         q = cross.heads(cross.q(self.cross_attention_norm(x)))
         source = cache.source_keys, cache.source_values
@@ -295,17 +216,30 @@ class DecoderLayer(nn.Module):
 
 
 class Stack(nn.Module):
-    """An encoder or a decoder: its layers, their shared position bias, a last norm."""
+    """An encoder or a decoder: its layers, their position bias, a last norm."""
 
     def __init__(self, config: T5Config, layers: list[nn.Module], bidirectional: bool):
         super().__init__()
         self.layers = layers
-        self.position_bias = PositionBias(config, bidirectional)
-        self.norm = nn.RMSNorm(config.d_model, config.epsilon)
+        if config.shared_bias:
+            self.position_bias = PositionBias(config, bidirectional)
+        else:
+            self.position_bias = [PositionBias(config, bidirectional) for _ in layers]
+        self.norm = Norm(config.d_model, config.epsilon)
+
+    def biases(self, distances: np.ndarray) -> list[mx.array]:
+        """The bias (H, N) by distance (N,), one for each layer or one for all."""
+        if isinstance(self.position_bias, list):
+            return [bias(distances) for bias in self.position_bias]
+        return [self.position_bias(distances)]
 
 
 class T5(nn.Module):
-    """The weights, and the two forward passes over them; it keeps no state."""
+    """The weights, and the two forward passes over them; it keeps no state.
+
+    In float16 the stream that layers add to, and the feed-forward's last matrix, are
+    float32, as in transformers: T5's activations exceed float16's range.
+    """
 
     def __init__(self, config: T5Config, tied: bool):
         """``tied``: the output head is the embedding (T5 1.0), no matrix of its own."""
@@ -324,6 +258,10 @@ class T5(nn.Module):
         """The dtype of activations, biases and caches."""
         return self.decoder.norm.weight.dtype
 
+    def _embed(self, tokens: mx.array) -> mx.array:
+        wide = mx.float32 if self.dtype == mx.float16 else self.dtype
+        return self.embedding(tokens).astype(wide)
+
     def encode(self, tokens: mx.array, padding: mx.array | None = None) -> mx.array:
         """Run the encoder.
 
@@ -334,15 +272,16 @@ class T5(nn.Module):
         Returns:
             (B, S, d_model); rows at padding mean nothing.
         """
-        x = self.embedding(tokens)
+        x = self._embed(tokens)
         length = tokens.shape[1]
         # One row of bias per distance, gathered to a square: [i, j] is at j - i.
-        by_distance = self.encoder.position_bias(np.arange(1 - length, length))
         square = np.arange(length)[None, :] - np.arange(length)[:, None] + length - 1
-        bias = mx.take(by_distance, mx.array(square.astype(np.int32)), axis=1)[None]
-        if padding is not None:
-            bias = bias + padding
-        for layer in self.encoder.layers:
+        square = mx.array(square.astype(np.int32))
+        biases = []
+        for by_distance in self.encoder.biases(np.arange(1 - length, length)):
+            bias = mx.take(by_distance, square, axis=1)[None]
+            biases.append(bias if padding is None else bias + padding)
+        for layer, bias in zip(self.encoder.layers, cycle(biases), strict=False):
             x = layer(x, bias)
         return self.encoder.norm(x)
 
@@ -359,9 +298,11 @@ class T5(nn.Module):
         Returns:
             Logits (B, T, V).
         """
-        x = self.embedding(tokens)
-        for layer, cache in zip(self.decoder.layers, caches, strict=True):
-            x = layer(x, cache, step)
+        x = self._embed(tokens)
+        for layer, cache, past in zip(
+            self.decoder.layers, caches, cycle(step.past), strict=False
+        ):
+            x = layer(x, cache, step, past)
         x = self.decoder.norm(x)
         if self.config.scale_outputs:
             x = x * self.config.d_model**-0.5
@@ -382,26 +323,29 @@ class Step:
     """One decoder pass: where its T new positions lie, and what they may attend to.
 
     Attributes:
-        past: additive mask (B, H, T, C) over the cache: the position bias, -inf where a
-            key is not to be seen.
+        past: additive masks (B, H, T, C) over the cache, one for each layer or one for
+            all: the position bias, -inf where a key is not to be seen.
         source: additive mask (B, 1, 1, S), -inf at padding; None without any.
     """
 
     def __init__(
-        self, rows: np.ndarray, bias: mx.array, source: mx.array | None
+        self, rows: np.ndarray, biases: list[mx.array], source: mx.array | None
     ) -> None:
         """
         Args:
             rows: (B, T) cache positions, consecutive in each row.
-            bias: (H, C + 1), column d for a key d positions back, the last one -inf.
+            biases: (H, C + 1) each, column d for a key d positions back, the last one
+                -inf; one for each layer or one for all.
             source: as the attribute.
         """
-        capacity = bias.shape[1] - 1
+        capacity = biases[0].shape[1] - 1
         back = rows[:, :, None] - np.arange(capacity, dtype=np.int32)
         back = np.where(back < 0, capacity, back)
+        back = mx.array(back)
         # (H, B, T, C) -> (B, H, T, C); a transposed mask is copied in every layer.
-        past = mx.take(bias, mx.array(back), axis=1).swapaxes(0, 1)
-        self.past = mx.contiguous(past)
+        self.past = [
+            mx.contiguous(mx.take(bias, back, axis=1).swapaxes(0, 1)) for bias in biases
+        ]
         self.source = source
         self._together = bool((rows == rows[0]).all())
         self._at = mx.array(rows[0, :1] if self._together else rows[:, None, :, None])
@@ -504,7 +448,7 @@ class T5Session:
         rows = np.array(self.lengths, np.int32)[:, None] + np.arange(
             new, dtype=np.int32
         )
-        step = Step(rows, self._bias, self._padding)
+        step = Step(rows, self._biases, self._padding)
         logits = self.model.decode(tokens, self._caches, step)
         self.lengths = [length + new for length in self.lengths]
         logits = logits[..., : self.vocabulary]
@@ -534,15 +478,16 @@ class T5Session:
         self._capacity = capacity
         # Column d is the bias of the key d positions back; the last one means "not to
         # be seen".
-        bias = self.model.decoder.position_bias(-np.arange(capacity))
-        unseen = mx.full((bias.shape[0], 1), -math.inf, bias.dtype)
-        self._bias = mx.concatenate([bias, unseen], axis=1)
+        biases = self.model.decoder.biases(-np.arange(capacity))
+        unseen = mx.full((biases[0].shape[0], 1), -math.inf, biases[0].dtype)
+        self._biases = [mx.concatenate([bias, unseen], axis=1) for bias in biases]
 
 
 def load(folder: Path) -> T5:
     """Load a converted model.
 
-    On a CPU the weights become float32: half precision is slow there.
+    On a CPU the weights become float32, quantized ones too: half precision and packed
+    integers are slow there.
 
     Raises:
         InputError: the folder lacks a file, or its files do not belong together.
@@ -550,15 +495,69 @@ def load(folder: Path) -> T5:
     config = T5Config.read(folder)
     stored = MappedWeights(folder / WEIGHTS)
     model = T5(config, tied="head.weight" not in stored)
+    quantized = [path for path in linear_paths(model) if f"{path}.scales" in stored]
+    whole = parameter_shapes(model)
+    if quantized:
+        quantize(model, config.quantization, quantized)
     on_cpu = mx.default_device() == mx.cpu
     if on_cpu:
         # MLX would have g++ compile each fused kernel, for seconds, and gain little.
         mx.disable_compile()
-    prepare_memory(stored.bytes(mx.float32 if on_cpu else None), folder)
+        size = 4 * sum(map(math.prod, whole.values()))
+    else:
+        size = stored.bytes()
+    prepare_memory(size, folder)
     weights = stored.load(parameter_shapes(model), mx.float32 if on_cpu else None)
+    if on_cpu and quantized:
+        for path in quantized:
+            weights[f"{path}.weight"] = dequantize(weights, path, config.quantization)
+        model = T5(config, tied="head.weight" not in stored)
     model.load_weights(list(weights.items()))
     mx.eval(model.parameters())
     return model
+
+
+def linear_paths(model: nn.Module) -> list[str]:
+    """The modules whose weight can be quantized: matrices, but no position bias."""
+    return [
+        path
+        for path, module in tree_flatten(
+            model.leaf_modules(), is_leaf=nn.Module.is_module
+        )
+        if isinstance(module, nn.Linear | nn.Embedding)
+    ]
+
+
+def quantize(model: T5, how: Quantization | None, paths: Collection[str]) -> None:
+    """Make the modules at ``paths`` quantized ones, whose weights are to be loaded.
+
+    Raises:
+        InputError: the config does not say how.
+    """
+    if how is None:
+        raise InputError(
+            "the weights are quantized, but the config does not say how: convert the "
+            "model again"
+        )
+    nn.quantize(
+        model,
+        how.group_size,
+        how.bits,
+        mode=how.mode,
+        class_predicate=lambda path, _: path in paths,
+    )
+
+
+def dequantize(weights: dict[str, mx.array], path: str, how: Quantization) -> mx.array:
+    """Take a quantized matrix out of ``weights``, as float32."""
+    packed = [
+        weights.pop(f"{path}.{part}", None) for part in ("weight", "scales", "biases")
+    ]
+    whole = mx.dequantize(
+        *packed, group_size=how.group_size, bits=how.bits, mode=how.mode
+    ).astype(mx.float32)
+    mx.eval(whole)  # one at a time
+    return whole
 
 
 def prepare_memory(size: int, folder: Path) -> None:
@@ -581,8 +580,8 @@ def prepare_memory(size: int, folder: Path) -> None:
         raise InputError(
             f"{folder} needs {size / 1e9:.1f} GB for its weights, and this machine has "
             f"{limit / 1e9:.1f} GB for them: take a smaller model, or convert this one "
-            f"with --dtype bfloat16 if it is stored in float32 (a CPU computes in "
-            f"float32 in any case)"
+            f"with -q, or with --dtype bfloat16 if it is stored in float32 (a CPU "
+            f"computes in float32 in any case)"
         )
 
 

@@ -10,7 +10,7 @@ In use::
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,13 +52,18 @@ class Generation:
         stats: the figures so far (:class:`decoder.Stats`).
     """
 
-    def __init__(self, prompt: str, commits: Iterator[Commit], tokenizer: Tokenizer):
+    def __init__(
+        self,
+        prompt: str,
+        commits: Iterator[Commit],
+        decode: Callable[[list[int]], str],
+    ):
         self.prompt = prompt
         self.text = ""
         self.tokens: list[int] = []
         self.finish_reason: str | None = None
         self.stats = Stats()
-        self._pieces = self._stream(commits, TextStream(tokenizer.decode))
+        self._pieces = self._stream(commits, TextStream(decode))
 
     def __iter__(self) -> Iterator[Piece]:
         return self._pieces
@@ -132,31 +137,9 @@ class Pair:
         pair.folder, pair.draft_folder = folder, draft_folder
         return pair
 
-    def generate(
-        self,
-        prompt: str,
-        *,
-        max_tokens: int = MAX_TOKENS,
-        num_draft: int = NUM_DRAFT,
-        delta: float = DELTA,
-        sampling: Sampling = GREEDY,
-        stream: int = 0,
-    ) -> Generation:
-        """Answer a prompt; see :func:`decoder.generate` for the options.
-
-        The text is decoded as the result is iterated.
-
-        Args:
-            stream: with another number a sample of the same seed is another one.
-
-        Raises:
-            InputError: while iterating, for bad options or a prompt that is empty or
-                not text.
-            RuntimeError: while iterating after another generation has begun: a pair
-                has caches for one.
-        """
-        options = {"max_tokens": max_tokens, "num_draft": num_draft, "delta": delta}
-        (answer,) = self.samples(prompt, 1, sampling=sampling, stream=stream, **options)
+    def generate(self, prompt: str, **options: Any) -> Generation:
+        """Answer a prompt; the options are those of :meth:`samples`."""
+        (answer,) = self.samples(prompt, 1, **options)
         return answer
 
     def samples(
@@ -169,10 +152,23 @@ class Pair:
         delta: float = DELTA,
         sampling: Sampling = GREEDY,
         stream: int = 0,
+        keep_special: bool = False,
     ) -> list[Generation]:
         """Answer a prompt ``count`` times, together: it is encoded once.
 
-        Iterating one decodes all. As for :meth:`generate`; sample 0 is what that gives.
+        The texts are decoded as a result is iterated; iterating one decodes all.
+
+        Args:
+            max_tokens, num_draft, delta, sampling: of :func:`decoder.generate`.
+            stream: with another number a sample of the same seed is another one.
+            keep_special: show special tokens, ``<extra_id_0>`` say, in the text, but
+                not what ends or pads it.
+
+        Raises:
+            InputError: while iterating, for bad options or a prompt that is empty or
+                not text.
+            RuntimeError: while iterating after another generation has begun: a pair
+                has caches for one.
         """
         commits = self._commits(
             [prompt] * count,
@@ -182,9 +178,14 @@ class Pair:
             sampling=sampling,
             streams=[(stream, row) for row in range(count)],
         )
-        return [
-            Generation(prompt, row, self.tokenizer) for row in _by_row(commits, count)
-        ]
+        decode = self._decode_with_special if keep_special else self.tokenizer.decode
+        return [Generation(prompt, row, decode) for row in _by_row(commits, count)]
+
+    def _decode_with_special(self, tokens: list[int]) -> str:
+        config = self.target.model.config
+        silent = {*config.eos_tokens, config.start_token}
+        shown = [token for token in tokens if token not in silent]
+        return self.tokenizer.decode_with_special(shown)
 
     def _commits(self, prompts: list[str], **options: Any) -> Iterator[Commit]:
         for prompt in prompts:

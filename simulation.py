@@ -15,10 +15,11 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
 from checkpoint import CONFIG
+from config import T5Config
 from decoder import Stats, generate
 from drafting import Draft, ModelDrafter
 from errors import InputError
-from model import T5, T5Config, T5Session, parameter_shapes, prepare_memory
+from model import T5, T5Session, parameter_shapes, prepare_memory
 from sampling import Chooser
 
 PROMPT_TOKENS = 32

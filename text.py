@@ -29,7 +29,11 @@ class Tokenizer:
 
     def decode(self, tokens: list[int]) -> str:
         """Text of token ids, special tokens left out, spaces as they were learned."""
-        return self._decode(tokens)
+        return self._decode(tokens, True)
+
+    def decode_with_special(self, tokens: list[int]) -> str:
+        """Likewise, with special tokens by their names: ``<extra_id_0>``, say."""
+        return self._decode(tokens, False)
 
     @property
     def size(self) -> int:
@@ -47,8 +51,13 @@ class Tokenizer:
 
 def _load(
     folder: Path,
-) -> tuple[Callable[[str], list[int]], Callable[[list[int]], str], dict[str, int]]:
-    """The encoder, the decoder and the ids by token of the folder's tokenizer."""
+) -> tuple[
+    Callable[[str], list[int]], Callable[[list[int], bool], str], dict[str, int]
+]:
+    """The encoder, the decoder and the ids by token of the folder's tokenizer.
+
+    The decoder is told whether to leave special tokens out.
+    """
     if (folder / FAST_TOKENIZER).is_file():
         from tokenizers import Tokenizer as FastTokenizer
 
@@ -63,14 +72,14 @@ def _load(
         fast.no_padding()
         return (
             lambda text: fast.encode(text).ids,
-            lambda tokens: fast.decode(tokens, skip_special_tokens=True),
+            lambda tokens, skip: fast.decode(tokens, skip_special_tokens=skip),
             fast.get_vocab(with_added_tokens=True),
         )
     slow = load_with_transformers(folder)
     return (
         lambda text: slow(text).input_ids,
-        lambda tokens: slow.decode(
-            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        lambda tokens, skip: slow.decode(
+            tokens, skip_special_tokens=skip, clean_up_tokenization_spaces=False
         ),
         slow.get_vocab(),
     )
@@ -78,14 +87,24 @@ def _load(
 
 def load_with_transformers(folder: Path) -> Any:
     """The folder's tokenizer as transformers has it."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, T5Tokenizer
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # damaged files make it raise anything
-        raise InputError(f"{folder} has no tokenizer that loads: {error}") from None
+    # transformers 5 takes umT5's from a tokenizer.json alone.
+    classes = [AutoTokenizer]
+    if (folder / "spiece.model").is_file() and not (folder / FAST_TOKENIZER).is_file():
+        classes.append(T5Tokenizer)
+    for each in classes:
+        try:
+            tokenizer = each.from_pretrained(str(folder), local_files_only=True)
+        except Exception as error:  # damaged files make it raise anything
+            if each is classes[-1]:
+                raise InputError(
+                    f"{folder} has no tokenizer that loads: {error}"
+                ) from None
+        else:
+            break
     # Without its files transformers makes up an empty one; ByT5's has none to miss.
     files = tokenizer.vocab_files_names.values()
     if files and not any((folder / file).is_file() for file in files):

@@ -15,7 +15,15 @@ import pytest
 import torch
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from transformers import (
+    MT5Config,
+    MT5ForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+    UMT5Config,
+    UMT5ForConditionalGeneration,
+)
 
 import convert
 import model
@@ -72,15 +80,23 @@ def tiny_tokenizer(size: int = VOCABULARY) -> PreTrainedTokenizerFast:
     )
 
 
+KINDS = {
+    "t5": (T5Config, T5ForConditionalGeneration),
+    "mt5": (MT5Config, MT5ForConditionalGeneration),
+    "umt5": (UMT5Config, UMT5ForConditionalGeneration),
+}
+
+
 def tiny_torch(
-    seed: int, untied: bool = False, noise: float = 0.0, **fields
+    seed: int, untied: bool = False, noise: float = 0.0, kind: str = "t5", **fields
 ) -> T5ForConditionalGeneration:
     """A random T5 for transformers, the oracle.
 
     With some ``noise`` in its weights it is a draft for the same seed without.
     """
     torch.manual_seed(seed)
-    oracle = T5ForConditionalGeneration(T5Config(**TINY | fields)).eval()
+    config, model_class = KINDS[kind]
+    oracle = model_class(config(**TINY | fields)).eval()
     with torch.no_grad():
         for name, weight in oracle.named_parameters():
             if "layer_norm" in name:

@@ -112,17 +112,22 @@ def test_same_bytes_from_shards(make, tmp_path):
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float16", "float32"])
 def test_dtypes(tmp_path, stored, dtype):
-    """bfloat16 stays, float16 becomes float32, a wish is granted; rounded once."""
+    """Each stays as it is unless another is wished for; rounded once. With float16 the
+    matrix whose products exceed it is float32."""
     oracle = tiny_torch(0).to(stored)
     save_checkpoint(oracle, tmp_path / "hf")
     convert.convert(tmp_path / "hf", tmp_path / "mlx", dtype)
-    half = dtype == "bfloat16" or (dtype == "auto" and stored == torch.bfloat16)
-    value = mx.load(str(tmp_path / "mlx" / WEIGHTS))["embedding.weight"]
-    assert value.dtype == (mx.bfloat16 if half else mx.float32)
-    expected = oracle.shared.weight.detach().to(torch.bfloat16 if half else stored)
-    assert np.array_equal(value.astype(mx.float32), expected.float().numpy())
+    expected = dtype if dtype != "auto" else str(stored).removeprefix("torch.")
+    weights = mx.load(str(tmp_path / "mlx" / WEIGHTS))
+    value = weights["embedding.weight"]
+    assert str(value.dtype) == f"mlx.core.{expected}"
+    exact = oracle.shared.weight.detach().float().numpy()
+    rounded = mx.array(exact).astype(value.dtype)
+    assert mx.array_equal(value, rounded).item()
+    wide = weights["decoder.layers.1.feed_forward.wo.weight"].dtype
+    assert wide == (mx.float32 if expected == "float16" else value.dtype)
 
 
 def test_a_billion_parameters_become_bfloat16(monkeypatch, source, tmp_path, capsys):
@@ -377,7 +382,7 @@ def test_disk_without_room(monkeypatch, source, tmp_path):
 def test_damaged_npz_files(make, tmp_path, data):
     """Cut anywhere or with headers overwritten: an error that says so, no crash."""
     _, _, folder = make()
-    config = model.read_json(folder / "config.json")
+    config = checkpoint.read_json(folder / "config.json")
     damaged = tmp_path / "damaged"
     shutil.copytree(folder, damaged, dirs_exist_ok=True)
     raw = bytearray((folder / WEIGHTS).read_bytes())

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.models.t5.modeling_t5 import T5Attention
 
+import config
 import model
+from config import T5Config
 from errors import InputError
 
 TOLERANCE = 1e-4
@@ -96,7 +98,7 @@ def test_greedy_equals_generate(family):
 
 def test_scale_is_taken_from_either_config():
     """transformers 5 writes tie_word_embeddings true whatever it was."""
-    scales = model._scales_outputs
+    scales = config._scales_outputs
     assert scales({"model_type": "t5"})
     assert not scales({"model_type": "t5", "tie_word_embeddings": False})
     new = {"model_type": "t5", "tie_word_embeddings": True}
@@ -259,19 +261,19 @@ def test_weights_that_do_not_fit(tmp_path):
 def test_configs_that_are_refused(tiny, field, value, message):
     config = tiny[0].config.to_dict() | {field: value}
     with pytest.raises(InputError, match=message):
-        model.T5Config.from_dict(config, {})
+        T5Config.from_dict(config, {})
 
 
 def test_config_without_a_size(tiny):
     config = tiny[0].config.to_dict()
     del config["d_ff"]
     with pytest.raises(InputError, match="no d_ff"):
-        model.T5Config.from_dict(config, {})
+        T5Config.from_dict(config, {})
 
 
 def test_several_ends_of_sequence(tiny):
     """The generation config's ids win, and there may be several."""
     config = tiny[0].config.to_dict()
-    assert model.T5Config.from_dict(config, {}).eos_tokens == {1}
-    both = model.T5Config.from_dict(config, {"eos_token_id": [1, 5]})
+    assert T5Config.from_dict(config, {}).eos_tokens == {1}
+    both = T5Config.from_dict(config, {"eos_token_id": [1, 5]})
     assert both.eos_tokens == {1, 5}

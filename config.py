@@ -1,0 +1,201 @@
+"""What a checkpoint's config.json says about its model: the T5 family's rules.
+
+T5 1.0, T5 1.1 (FLAN-T5, FLAN-UL2, MADLAD-400, ByT5, CodeT5 and CodeT5+ are one or the
+other), mT5 (aya-101) and umT5 are one architecture that differs in a few fields. The
+reference is how transformers reads them, versions 4 and 5.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from checkpoint import CONFIG, GENERATION_CONFIG, read_json
+from errors import InputError
+
+#: Feed-forward activations by transformers' names; see ``model.activation``.
+ACTIVATIONS = (
+    *("gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python"),
+    *("gelu_python_tanh", "gelu_pytorch_tanh", "hardswish", "laplace", "leaky_relu"),
+    *("linear", "mish", "quick_gelu", "relu", "relu2", "relu6", "sigmoid", "silu"),
+    *("sqrtsoftplus", "swish", "tanh"),
+)
+FAMILY = ("t5", "mt5", "umt5")
+
+#: Quantization modes of MLX: the bits and group sizes each has, the default first.
+MODES = {
+    "affine": ((4, 2, 3, 5, 6, 8), (64, 32, 128)),
+    "mxfp4": ((4,), (32,)),
+    "mxfp8": ((8,), (32,)),
+    "nvfp4": ((4,), (16,)),
+}
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the matrices are stored: integers with a scale per group of columns."""
+
+    mode: str
+    bits: int
+    group_size: int
+
+    @classmethod
+    def choose(
+        cls,
+        mode: str = "affine",
+        bits: int | None = None,
+        group_size: int | None = None,
+    ) -> "Quantization":
+        """With the mode's defaults for what is None.
+
+        Raises:
+            InputError: the mode does not exist, or not with these values.
+        """
+        if mode not in MODES:
+            raise InputError(f"q-mode '{mode}' is not one of {', '.join(MODES)}")
+        for name, value, known in (
+            ("q-bits", bits, MODES[mode][0]),
+            ("q-group-size", group_size, MODES[mode][1]),
+        ):
+            if value is not None and value not in known:
+                values = ", ".join(map(str, sorted(known)))
+                raise InputError(f"{name} is {value}: {mode} has {values}")
+        return cls(mode, bits or MODES[mode][0][0], group_size or MODES[mode][1][0])
+
+    def __str__(self) -> str:
+        return f"{self.bits}-bit {self.mode}, groups of {self.group_size}"
+
+
+@dataclass(frozen=True)
+class T5Config:
+    """What of a Hugging Face ``config.json`` shapes the computation."""
+
+    vocab_size: int
+    d_model: int
+    d_kv: int
+    d_ff: int
+    num_heads: int
+    num_layers: int
+    num_decoder_layers: int
+    num_buckets: int
+    max_distance: int
+    epsilon: float
+    activation: str
+    gated: bool
+    shared_bias: bool  # by a stack's layers: umT5 has a position bias in each
+    scale_outputs: bool
+    start_token: int
+    eos_tokens: frozenset[int]
+    quantization: Quantization | None
+
+    @classmethod
+    def from_dict(
+        cls, config: Mapping[str, Any], generation: Mapping[str, Any]
+    ) -> "T5Config":
+        """Read ``config.json`` and ``generation_config.json`` (may be empty).
+
+        Raises:
+            InputError: another architecture, or a field that is missing or odd.
+        """
+        kind = config.get("model_type")
+        if kind not in FAMILY:
+            raise InputError(
+                f"model_type '{kind}' is another architecture: of encoder-decoders "
+                f"{', '.join(FAMILY)} are supported"
+            )
+        try:
+            feed_forward = config.get(
+                "feed_forward_proj", "relu" if kind == "t5" else "gated-gelu"
+            )
+            *gated, activation = feed_forward.split("-")
+            if feed_forward == "gated-gelu":
+                activation = "gelu_new"  # transformers' reading of T5 1.1's configs
+            if activation not in ACTIVATIONS or gated not in ([], ["gated"]):
+                raise InputError(f"feed_forward_proj '{feed_forward}' is not supported")
+            start = generation.get(
+                "decoder_start_token_id", config.get("decoder_start_token_id")
+            )
+            eos = generation.get("eos_token_id", config.get("eos_token_id", 1))
+            result = cls(
+                vocab_size=int(config["vocab_size"]),
+                d_model=int(config["d_model"]),
+                d_kv=int(config["d_kv"]),
+                d_ff=int(config["d_ff"]),
+                num_heads=int(config["num_heads"]),
+                num_layers=int(config["num_layers"]),
+                num_decoder_layers=int(
+                    config.get("num_decoder_layers") or config["num_layers"]
+                ),
+                num_buckets=int(config.get("relative_attention_num_buckets", 32)),
+                max_distance=int(config.get("relative_attention_max_distance", 128)),
+                epsilon=float(config.get("layer_norm_epsilon", 1e-6)),
+                activation=activation,
+                gated=bool(gated),
+                shared_bias=kind != "umt5",
+                scale_outputs=_scales_outputs(config),
+                start_token=int(
+                    config.get("pad_token_id", 0) if start is None else start
+                ),
+                eos_tokens=frozenset(map(int, eos if isinstance(eos, list) else [eos])),
+                quantization=_quantization(config),
+            )
+        except KeyError as error:
+            raise InputError(f"the config has no {error.args[0]}") from None
+        except (TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"the config has an odd value: {error}") from None
+        result._check()
+        return result
+
+    @classmethod
+    def read(cls, folder: Path) -> "T5Config":
+        """The config of a checkpoint folder, Hugging Face's or converted."""
+        return cls.from_dict(
+            read_json(folder / CONFIG),
+            read_json(folder / GENERATION_CONFIG, optional=True),
+        )
+
+    def _check(self) -> None:
+        """Refuse what would make an index run out of its array: MLX does not."""
+        sizes = (
+            *(self.vocab_size, self.d_model, self.d_kv, self.d_ff, self.num_heads),
+            *(self.num_layers, self.num_decoder_layers),
+        )
+        if not all(1 <= size < 1 << 31 for size in sizes):
+            raise InputError("the config has a size below 1 or beyond all reason")
+        if not 0 <= self.start_token < self.vocab_size:
+            raise InputError(
+                f"decoding would start from token {self.start_token}, but the config "
+                f"has {self.vocab_size}"
+            )
+        # Below these there is no logarithm to number the distant buckets by.
+        if self.num_buckets < 4 or self.max_distance <= self.num_buckets // 2:
+            raise InputError(
+                f"no relative position bias has {self.num_buckets} buckets for "
+                f"distances up to {self.max_distance}"
+            )
+
+
+def _scales_outputs(config: Mapping[str, Any]) -> bool:
+    """Whether the decoder's output is multiplied by d_model^-0.5 before the head.
+
+    T5 1.0 does, T5 1.1, mT5 and umT5 as published do not. transformers 5 says so in a
+    field of its own, and then writes ``tie_word_embeddings: true`` whatever it was;
+    before, T5 1.0 was told from 1.1 by that field. For umT5 transformers 4 went by it
+    as well, and version 5, which ties all, scales all: where its configs leave the
+    field as it was published, the weights were trained without.
+    """
+    if config.get("model_type") == "mt5":
+        return False
+    explicit = config.get("scale_decoder_outputs")
+    if explicit is not None:
+        return bool(explicit)
+    return config.get("tie_word_embeddings") is not False
+
+
+def _quantization(config: Mapping[str, Any]) -> Quantization | None:
+    """What convert.py noted in the config, in mlx-lm's form."""
+    noted = config.get("quantization")
+    if not noted:
+        return None
+    values = noted.get("mode", "affine"), noted["bits"], noted["group_size"]
+    return Quantization.choose(*values)
