@@ -37,7 +37,7 @@ $(VENV)/run: requirements.txt | $(BIN)/python
 	@touch $@
 
 # Installing the one set installs the other.
-$(VENV)/dev: requirements-dev.txt requirements.txt | $(BIN)/python
+$(VENV)/dev: requirements-dev.txt requirements-causal.txt requirements.txt | $(BIN)/python
 	@echo "installing requirements-dev.txt into $(VENV)"
 	@$(BIN)/python -m pip install --quiet --requirement $<
 	@touch $(VENV)/run $@

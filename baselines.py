@@ -159,7 +159,7 @@ def ctranslate2(pair: Pair, max_tokens: int, int8: bool = False) -> Baseline:
             intra_threads=os.cpu_count(),
         )
     names = {token: name for name, token in pair.tokenizer.ids.items()}
-    ends = pair.target.model.config.eos_tokens
+    ends = pair.eos_tokens
 
     def generate(prompt: list[int]) -> list[int]:
         (result,) = translator.translate_batch(

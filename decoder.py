@@ -13,6 +13,7 @@ own. The host waits for the device once per round.
 import fast_blas  # noqa: F401  (before mlx: see there)
 
 import math
+import sys
 import time
 from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
@@ -156,7 +157,8 @@ def generate(
         drafter: who guesses; None, or ``num_draft`` 0, decodes with the target alone.
         prompts: B lists of token ids, none empty.
         eos_tokens: ids that end a row; the one produced is part of its tokens.
-        max_tokens: the most tokens a row may get, end-of-sequence counted.
+        max_tokens: the most tokens a row may get, end-of-sequence counted. Models with
+            a limited number of positions may end a row earlier.
         num_draft: K, draft tokens per round.
         delta: how far the text may leave the target's, see
             :func:`acceptance.verify_greedy` and :func:`acceptance.verify`; at 0 it is
@@ -189,10 +191,23 @@ def generate(
         streams=streams,
     )
 
+    ends = [target.positions, drafter.positions if drafter else None]
+    room = min((end for end in ends if end), default=sys.maxsize)
     rows = [
-        _Row(row, sequence, eos_tokens, max_tokens, num_draft, encoded)
+        _Row(
+            row,
+            sequence,
+            eos_tokens,
+            min(max_tokens, room - len(sequence)),
+            num_draft,
+            encoded,
+        )
         for row, sequence in enumerate(sequences)
     ]
+    if any(row.left < 1 for row in rows):
+        raise InputError(
+            f"the prompt leaves no position for an answer: there are {room}"
+        )
     for row in rows:
         row.stats.encode_seconds = encoded - started
     ahead: Round | None = None
@@ -202,7 +217,8 @@ def generate(
         if ahead is not None:
             current = ahead
         else:
-            size = min(num_draft, left - 1)
+            # A row without room would be fed what it has no positions for.
+            size = min(num_draft, left - 1, room - max(map(len, sequences)))
             chooser = choices.begin(sequences)
             draft = None
             if drafter and size:

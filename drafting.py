@@ -38,9 +38,11 @@ class Session(Protocol):
 
     Attributes:
         vocabulary: ids below it may be fed and are what the logits are of.
+        positions: how many may be fed to a row; None for any number.
     """
 
     vocabulary: int
+    positions: int | None
 
     def start(self, prompts: list[list[int]]) -> list[list[int]]:
         """Encode or prefill; the tokens that each row's decoding starts from."""
@@ -53,7 +55,13 @@ class Session(Protocol):
 
 
 class Drafter(Protocol):
-    """Anything that can guess how a text goes on."""
+    """Anything that can guess how a text goes on.
+
+    Attributes:
+        positions: how many tokens it can be given; None for any number.
+    """
+
+    positions: int | None
 
     def start(self, prompts: list[list[int]]) -> None:
         """Prepare for a batch of prompts (B lists of token ids)."""
@@ -79,12 +87,13 @@ class ModelDrafter:
 
     def __init__(self, session: Session):
         self.session = session
+        self.positions = session.positions
 
     def start(self, prompts: list[list[int]]) -> None:
-        self.session.start(prompts)
+        firsts = self.session.start(prompts)
         # A row's cache holds `_agreed` positions that are known to be the committed
         # tokens', then those of the last proposal, which may have turned out wrong.
-        self._agreed = [0] * len(prompts)
+        self._agreed = [len(first) - 1 for first in firsts]
         self._proposed: mx.array | None = None
 
     def propose(
@@ -142,6 +151,72 @@ class ModelDrafter:
         last = mx.array(lengths) - mx.array(starts) - 1
         self._agreed = lengths
         return mx.take_along_axis(logits, last[:, None, None], axis=1)[:, 0]
+
+
+class LookupDrafter:
+    """Drafts what followed the last few tokens where they occurred before.
+
+    In the text so far, and in the prompt where a decoder does not have that before its
+    text. No model, no cost; nothing is proposed where nothing matches. Saxena, "Prompt
+    Lookup Decoding", 2023.
+    """
+
+    positions = None
+
+    def start(self, prompts: list[list[int]]) -> None:
+        self._prompts = prompts
+        self._rows: list[_Occurrences] | None = None
+
+    def propose(
+        self, sequences: list[list[int]], num_draft: int, chooser: Chooser
+    ) -> Draft:
+        if self._rows is None:
+            self._rows = [
+                _Occurrences([] if sequence[: len(prompt)] == prompt else prompt)
+                for prompt, sequence in zip(self._prompts, sequences, strict=True)
+            ]
+        found = [
+            row.after(sequence, num_draft)
+            for row, sequence in zip(self._rows, sequences, strict=True)
+        ]
+        counts = [len(tokens) for tokens in found]
+        padded = np.zeros((len(found), max(counts)), np.int32)  # maybe no column
+        for row, tokens in enumerate(found):
+            padded[row, : len(tokens)] = tokens
+        return Draft(mx.array(padded), counts=counts)
+
+
+class _Occurrences:
+    """What followed each n-gram of one row's text where it occurred last."""
+
+    SIZES = (4, 3, 2)  # of n-grams, the longest match first
+
+    def __init__(self, source: list[int]):
+        """``source``: text to look in beside the row's own, maybe none."""
+        self._text = [*source, -1]  # which is in no n-gram that is looked for
+        self._own = len(self._text)  # where the row's own text begins
+        self._next: dict[tuple[int, ...], int] = {}  # n-gram -> the place after it
+        self._indexed = 0
+
+    def after(self, sequence: list[int], count: int) -> list[int]:
+        """Up to ``count`` tokens that followed what ``sequence`` ends with."""
+        text = self._text
+        text += sequence[len(text) - self._own :]  # what was there has not changed
+        # The last n-grams are left out: they would find themselves.
+        for end in range(self._indexed + 1, len(text)):
+            for size in self.SIZES:
+                if size <= end:
+                    self._next[tuple(text[end - size : end])] = end
+            self._indexed = end
+        for size in self.SIZES:
+            place = self._next.get(tuple(text[-size:]))
+            if place is not None and size <= len(sequence):
+                found = text[place : place + count]
+                if -1 in found:
+                    found = found[: found.index(-1)]
+                if found:
+                    return found
+        return []
 
 
 def _begin(token: mx.array) -> None:

@@ -14,6 +14,7 @@ HELP = """\
 a line is a prompt; these are commands:
 :stats         the figures of the last answer
 :prefix TEXT   put TEXT before every line; alone, nothing
+:new           begin another conversation (with --chat)
 :q             leave, like Ctrl-D (Ctrl-C stops an answer)"""
 
 
@@ -22,18 +23,20 @@ def say(line: str) -> None:
 
 
 def converse(
-    answer: Callable[[str], list["Generation"]],
+    answer: Callable[[str, list[dict[str, str]]], list["Generation"]],
     write: Callable[[list["Generation"]], None],
     report: Callable[[list["Generation"]], None],
     prefix: str,
+    chat: bool = False,
 ) -> None:
     """Read lines until the end of input and answer each.
 
     Args:
-        answer: begins the answers to a prompt.
+        answer: begins the answers to a prompt, after the messages before it.
         write: streams them out.
         report: says their figures.
         prefix: put before each line, until ``:prefix`` sets another.
+        chat: whether a line goes on with the conversation, until ``:new``.
     """
     with suppress(ImportError):  # not on every system
         import readline  # noqa: F401  (gives input() line editing and a history)
@@ -45,6 +48,7 @@ def converse(
         if prefix:
             say(f"before each line goes '{prefix}' (:prefix changes it)")
     last: list[Generation] | None = None
+    messages: list[dict[str, str]] = []
     while True:
         try:
             line = input("> " if terminal else "").strip()
@@ -67,17 +71,23 @@ def converse(
                 report(last)
         elif command == ":prefix":
             prefix = f"{argument.strip()} " if argument.strip() else ""
+        elif line == ":new":
+            messages.clear()
         elif line == ":help":
             say(HELP)
         elif line.startswith(":"):
             say(f"there is no {command}: :help says what there is")
         else:
             try:
-                current = answer(prefix + line)
+                current = answer(prefix + line, messages)
                 try:
                     write(current)
                 except KeyboardInterrupt:
                     say("stopped")
                 last = current
+                if chat and current[0].text:  # the first of several goes on
+                    messages.append({"role": "user", "content": prefix + line})
+                    said = current[0].text
+                    messages.append({"role": "assistant", "content": said})
             except InputError as error:
                 say(str(error))

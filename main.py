@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -38,20 +38,23 @@ _DRAFTED, _RESET = "\x1b[32m", "\x1b[0m"  # green
 
 def parse_arguments(arguments: list[str] | None = None) -> Namespace:
     from decoder import DELTA, MAX_TOKENS, NUM_DRAFT
+    from pair import LOOKUP
 
     parser = Parser(prog="main.py", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add(
         "--model",
         metavar="NAME",
-        help="target: a converted model's folder, or its name in models/ "
+        help="target: a converted T5's folder, or its name in models/; or a "
+        "decoder-only model, a folder or a name on the hub "
         "(default: t5-11b with t5-small, where both are converted)",
     )
     add(
         "--draft-model",
         metavar="NAME",
-        help=f"draft, likewise; '{NO_DRAFT}' for the target alone (default: t5-small, "
-        "where it is converted and has the target's tokenizer)",
+        help=f"draft, likewise; '{LOOKUP}' drafts, without a model, what followed the "
+        f"same words before; '{NO_DRAFT}' for the target alone (default: t5-small, "
+        f"where it is converted and has the target's tokenizer, else {LOOKUP})",
     )
     add(
         "--prompt",
@@ -94,6 +97,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
         action="store_true",
         help="then decode with the target alone too, and say how much longer it took",
     )
+    add("--chat", action="store_true", help="apply the model's chat template")
     add(
         "--keep-special",
         action="store_true",
@@ -213,11 +217,12 @@ def _default_models() -> tuple[str, str]:
 
 def _load_with_default_draft(model: str) -> "Pair":
     """The target with the converted t5-small, where that has the same tokenizer."""
-    from checkpoint import MODELS, WEIGHTS, locate
-    from pair import DifferentTokenizersError, Pair
+    from checkpoint import MODELS, WEIGHTS
+    from pair import LOOKUP, DifferentTokenizersError, Pair, find
 
     draft = MODELS / DEFAULT_DRAFT
-    if (draft / WEIGHTS).is_file() and locate(model).resolve() != draft.resolve():
+    why = "no draft model"
+    if (draft / WEIGHTS).is_file() and find(model).resolve() != draft.resolve():
         try:
             pair = Pair.load(model, str(draft))
         except DifferentTokenizersError:
@@ -225,10 +230,8 @@ def _load_with_default_draft(model: str) -> "Pair":
         else:
             say(f"drafting with {DEFAULT_DRAFT}")
             return pair
-    else:
-        why = "no draft model"
-    pair = Pair.load(model)
-    say(f"{why}: decoding with the target alone (see --draft-model)")
+    pair = Pair.load(model, LOOKUP)
+    say(f"{why}: drafting by prompt lookup (see --draft-model)")
     return pair
 
 
@@ -364,10 +367,14 @@ def main() -> None:
     color = arguments.color and sys.stdout.isatty() and "NO_COLOR" not in os.environ
 
     def answer(
-        stream: int, prompt: str, num_draft: int = arguments.num_draft
+        stream: int,
+        prompt: str,
+        num_draft: int = arguments.num_draft,
+        before: Sequence[dict[str, str]] = (),
     ) -> list["Generation"]:
+        chat = [*before, {"role": "user", "content": prompt}]
         return pair.samples(
-            prompt,
+            chat if arguments.chat else prompt,
             arguments.num_samples,
             max_tokens=arguments.max_tokens,
             num_draft=num_draft,
@@ -393,10 +400,11 @@ def main() -> None:
         bundled = pair.folder.resolve() == BUNDLED[0]
         number = count()  # asked again, a prompt has another answer
         converse(
-            lambda prompt: answer(next(number), prompt),
+            lambda prompt, before: answer(next(number), prompt, before=before),
             write,
             figures,
             prefix=EXAMPLE_TASK if bundled else "",
+            chat=arguments.chat,
         )
         return
     for number, prompt in enumerate(read_prompts(arguments.prompt)):

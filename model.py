@@ -27,6 +27,7 @@ from mlx.utils import tree_flatten
 from checkpoint import WEIGHTS, MappedWeights
 from config import Quantization, T5Config
 from errors import InputError
+from sampling import ban
 
 
 def activation(name: str) -> Callable[[mx.array], mx.array]:
@@ -383,12 +384,11 @@ class T5Session:
         """
         self.model = model
         self.vocabulary = min(vocabulary or math.inf, model.config.vocab_size)
+        self.positions = None  # a relative position bias has no end
         self.lengths: list[int] = []
         self._ban: mx.array | None = None
         if banned:
-            ban = np.zeros(self.vocabulary, np.float32)
-            ban[list(banned)] = -np.inf
-            self._ban = mx.array(ban).astype(model.dtype)
+            self._ban = ban(self.vocabulary, banned).astype(model.dtype)
 
     def start(self, prompts: list[list[int]]) -> list[list[int]]:
         """Encode a batch of prompts (B lists of ids, none empty) and reset the state.

@@ -11,17 +11,22 @@ In use::
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from checkpoint import locate
+from checkpoint import CONFIG, locate, read_json
+from config import FAMILY, T5Config
 from decoder import DELTA, MAX_TOKENS, NUM_DRAFT, Commit, Stats, generate
-from drafting import ModelDrafter
+from drafting import Drafter, LookupDrafter, ModelDrafter, Session
 from errors import InputError
-from model import T5, T5Session, load
+from model import T5Session, load
 from sampling import GREEDY, Sampling
+from sources import fetch_causal
 from text import TextStream, Tokenizer
+
+LOOKUP = "prompt-lookup"  # a draft without a model
 
 
 class DifferentTokenizersError(InputError):
@@ -92,48 +97,71 @@ class Generation:
 
 
 class Pair:
-    """A target with its tokenizer, and a draft that shares its ids, or none."""
+    """A target with its tokenizer, and who drafts for it, or nobody.
 
-    def __init__(self, target: T5, tokenizer: Tokenizer, draft: T5 | None = None):
-        """
-        Raises:
-            InputError: the draft's embedding has too few rows for the target's ids.
-        """
-        # Rows of padding beyond the tokenizer's ids are never emitted.
-        vocabulary = min(tokenizer.size, target.config.vocab_size)
-        gaps = tokenizer.gaps(vocabulary)
-        self.folder: Path | None = None  # where the target was loaded from
-        self.draft_folder: Path | None = None
+    Attributes:
+        target: the target's session.
+        tokenizer: the target's.
+        drafter: a draft model that shares its ids, or prompt lookup; None for nobody.
+        eos_tokens: the ids that end a text.
+        folder, draft_folder: where the models were loaded from.
+    """
+
+    def __init__(
+        self,
+        target: Session,
+        tokenizer: Tokenizer,
+        eos_tokens: frozenset[int],
+        drafter: Drafter | None = None,
+    ):
+        self.target = target
         self.tokenizer = tokenizer
-        self.target = T5Session(target, vocabulary, gaps)
-        self.drafter: ModelDrafter | None = None
+        self.eos_tokens = eos_tokens
+        self.drafter = drafter
+        self.folder: Path | None = None
+        self.draft_folder: Path | None = None
         self._latest: object = None  # whoever decodes on these caches
-        if draft is not None:
-            if draft.config.vocab_size < vocabulary:
-                raise InputError(
-                    f"the draft has {draft.config.vocab_size} embedding rows, but the "
-                    f"target emits ids up to {vocabulary - 1}: they are no pair"
-                )
-            self.drafter = ModelDrafter(T5Session(draft, vocabulary, gaps))
 
     @classmethod
     def load(cls, model: str, draft_model: str | None = None) -> "Pair":
-        """Load converted models by folder or by name.
+        """Load models by folder or by name.
+
+        Args:
+            model: a converted T5, or a decoder-only model as :func:`find` finds it.
+            draft_model: likewise, or :data:`LOOKUP`; None for no draft.
 
         Raises:
-            InputError: a folder is missing or damaged.
+            InputError: a folder is missing or damaged, or the draft's embedding has too
+                few rows for the target's ids.
             DifferentTokenizersError: they are no pair; no weights are read.
         """
-        folder = locate(model)
-        draft_folder = locate(draft_model) if draft_model else None
+        folder = find(model)
+        draft_folder = None
+        if draft_model not in (None, LOOKUP):
+            draft_folder = find(draft_model)
         tokenizer = Tokenizer(folder)
         if draft_folder and not tokenizer.same_ids(Tokenizer(draft_folder)):
             raise DifferentTokenizersError(
                 f"{draft_folder} and {folder} have different tokenizers: a draft has "
                 f"to be of the target's family"
             )
-        draft = load(draft_folder) if draft_folder else None
-        pair = cls(load(folder), tokenizer, draft)
+        if draft_folder and is_causal(folder) != is_causal(draft_folder):
+            raise InputError(
+                f"{draft_folder} is no draft for {folder}: one of them has no encoder"
+            )
+        # Rows of padding beyond the tokenizer's ids are never emitted.
+        vocabulary = min(tokenizer.size, embedding_rows(folder))
+        drafter: Drafter | None = LookupDrafter() if draft_model == LOOKUP else None
+        if draft_folder:
+            rows = embedding_rows(draft_folder)
+            if rows < vocabulary:
+                raise InputError(
+                    f"the draft has {rows} embedding rows, but the target emits ids up "
+                    f"to {vocabulary - 1}: they are no pair"
+                )
+            drafter = ModelDrafter(_session(draft_folder, tokenizer, vocabulary))
+        target = _session(folder, tokenizer, vocabulary)
+        pair = cls(target, tokenizer, _eos_tokens(folder), drafter)
         pair.folder, pair.draft_folder = folder, draft_folder
         return pair
 
@@ -144,7 +172,7 @@ class Pair:
 
     def samples(
         self,
-        prompt: str,
+        prompt: "str | list[dict[str, str]]",
         count: int,
         *,
         max_tokens: int = MAX_TOKENS,
@@ -159,6 +187,8 @@ class Pair:
         The texts are decoded as a result is iterated; iterating one decodes all.
 
         Args:
+            prompt: a text, or a conversation: messages with "role" and "content", for
+                models with a chat template.
             max_tokens, num_draft, delta, sampling: of :func:`decoder.generate`.
             stream: with another number a sample of the same seed is another one.
             keep_special: show special tokens, ``<extra_id_0>`` say, in the text, but
@@ -179,31 +209,102 @@ class Pair:
             streams=[(stream, row) for row in range(count)],
         )
         decode = self._decode_with_special if keep_special else self.tokenizer.decode
-        return [Generation(prompt, row, decode) for row in _by_row(commits, count)]
+        text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        return [Generation(text, row, decode) for row in _by_row(commits, count)]
 
     def _decode_with_special(self, tokens: list[int]) -> str:
-        config = self.target.model.config
-        silent = {*config.eos_tokens, config.start_token}
+        padding = self.tokenizer.ids.get("<pad>")
+        silent = {*self.eos_tokens, padding}
         shown = [token for token in tokens if token not in silent]
         return self.tokenizer.decode_with_special(shown)
 
-    def _commits(self, prompts: list[str], **options: Any) -> Iterator[Commit]:
-        for prompt in prompts:
-            if not prompt.strip():
-                raise InputError("the prompt is empty: say what to do with which text")
-            if any("\ud800" <= character <= "\udfff" for character in prompt):
-                raise InputError("the prompt is not valid UTF-8 text")
+    def _commits(
+        self, prompts: "list[str | list[dict[str, str]]]", **options: Any
+    ) -> Iterator[Commit]:
+        encoded = [self._encode(prompt) for prompt in prompts]
         mine = self._latest = object()
         for commit in generate(
             self.target,
             self.drafter,
-            [self.tokenizer.encode(prompt) for prompt in prompts],
-            eos_tokens=self.target.model.config.eos_tokens,
+            encoded,
+            eos_tokens=self.eos_tokens,
             **options,
         ):
             yield commit
             if self._latest is not mine:
                 raise RuntimeError("another generation has begun on this pair")
+
+    def _encode(self, prompt: "str | list[dict[str, str]]") -> list[int]:
+        messages = [{"content": prompt}] if isinstance(prompt, str) else prompt
+        for message in messages:
+            text = message["content"]
+            if not text.strip():
+                raise InputError("the prompt is empty: say what to do with which text")
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise InputError("the prompt is not valid UTF-8 text")
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        return self.tokenizer.encode_chat(prompt)
+
+
+def find(name: str) -> Path:
+    """The folder of a model.
+
+    A converted T5, by folder or by its name in ``models/``; or a decoder-only model: a
+    folder with its config, or a name on the hub, from where it is fetched.
+
+    Raises:
+        InputError: there is none.
+    """
+    try:
+        return locate(name)
+    except InputError as error:
+        folder = None
+        with suppress(InputError, OSError):
+            if not Path(name).is_dir():
+                folder = fetch_causal(name)
+            elif is_causal(Path(name)):
+                folder = Path(name)
+        if folder is None:
+            raise error from None
+        return folder
+
+
+def is_causal(folder: Path) -> bool:
+    """Whether the folder's model is none of the T5 family."""
+    return read_json(folder / CONFIG).get("model_type") not in FAMILY
+
+
+def embedding_rows(folder: Path) -> int:
+    """How many ids a model has embeddings for.
+
+    Raises:
+        InputError: its config does not say.
+    """
+    config = read_json(folder / CONFIG)
+    for values in (config, config.get("text_config") or {}):
+        if isinstance(values.get("vocab_size"), int):
+            return values["vocab_size"]
+    raise InputError(f"{folder / CONFIG} has no vocab_size")
+
+
+def _session(folder: Path, tokenizer: Tokenizer, vocabulary: int) -> Session:
+    """Load a model into a session that emits the tokenizer's ids alone."""
+    gaps = tokenizer.gaps(vocabulary)
+    if not is_causal(folder):
+        return T5Session(load(folder), vocabulary, gaps)
+    import causal  # mlx-lm takes a second to import
+
+    model = causal.load(folder)
+    return causal.CausalSession(model, vocabulary, gaps, causal.positions(folder))
+
+
+def _eos_tokens(folder: Path) -> frozenset[int]:
+    if not is_causal(folder):
+        return T5Config.read(folder).eos_tokens
+    import causal
+
+    return causal.eos_tokens(folder)
 
 
 def _by_row(commits: Iterator[Commit], count: int) -> list[Iterator[Commit]]:

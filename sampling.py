@@ -134,12 +134,12 @@ class Sampling:
             chain.append(NoRepeatNgram(self.no_repeat_ngram_size))
         if self.min_new_tokens:
             ends = [token for token in eos_tokens if 0 <= token < vocabulary]
-            chain.append(MinNewTokens(self.min_new_tokens, _ban(vocabulary, ends)))
+            chain.append(MinNewTokens(self.min_new_tokens, ban(vocabulary, ends)))
         if forced is not None:
             others = [token for token in range(vocabulary) if token != forced]
-            chain.append(ForcedFirstToken(_ban(vocabulary, others)))
+            chain.append(ForcedFirstToken(ban(vocabulary, others)))
         if self.suppress_tokens:
-            chain.append(SuppressTokens(_ban(vocabulary, self.suppress_tokens)))
+            chain.append(SuppressTokens(ban(vocabulary, self.suppress_tokens)))
         return (*chain, *self.processors)
 
     def probs(self, logits: mx.array) -> mx.array:
@@ -261,7 +261,7 @@ class SuppressTokens:
         return logits + self.ban
 
 
-def _ban(vocabulary: int, tokens: Collection[int]) -> mx.array:
+def ban(vocabulary: int, tokens: Collection[int]) -> mx.array:
     """(V,) zeros with -inf at ``tokens``."""
     ban = np.zeros(vocabulary, np.float32)
     ban[list(tokens)] = -np.inf

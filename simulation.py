@@ -138,6 +138,8 @@ class SimulatedPair:
 class SimulatedDrafter:
     """A draft whose tokens are right with a given probability."""
 
+    positions = None
+
     def __init__(self, drafter: ModelDrafter, vocabulary: int, alpha: float):
         self._drafter = drafter
         self._vocabulary = vocabulary

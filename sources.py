@@ -31,6 +31,7 @@ COMPANIONS = (
     "tokenizer.model",
     "vocab.json",
     "merges.txt",
+    "chat_template.jinja",
 )
 
 #: Bytes of a tensor that are read at a time.
@@ -185,6 +186,28 @@ def fetch(name: str, revision: str | None = None) -> Path:
         ) from None
     except Exception as error:  # whatever the network stack raises
         return _cached(name, revision, error)
+
+
+def fetch_causal(name: str) -> Path | None:
+    """The folder of a decoder-only model on the hub; None if it is a T5.
+
+    Its config alone decides, before any weights are fetched.
+
+    Raises:
+        InputError: there is no such model, no access, no network.
+    """
+    from huggingface_hub import hf_hub_download
+
+    from checkpoint import CONFIG, read_json
+    from config import FAMILY
+
+    try:
+        config = hf_hub_download(name, CONFIG)
+    except Exception:  # whatever the network stack raises
+        raise InputError(f"'{name}' is no model on the hub, or out of reach") from None
+    if read_json(Path(config)).get("model_type") in FAMILY:
+        return None
+    return fetch(name)
 
 
 def _cached(name: str, revision: str | None, error: Exception) -> Path:

@@ -1,6 +1,7 @@
 """Text to token ids and back: the tokenizer of a checkpoint folder, and streaming."""
 
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,32 @@ class Tokenizer:
     """
 
     def __init__(self, folder: Path):
+        self._folder = folder
         self._encode, self._decode, self.ids = _load(folder)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, with the special tokens its model expects."""
         return self._encode(text)
+
+    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation, in the form that the model was trained on.
+
+        Args:
+            messages: "role" (user or assistant) and "content" each; the next one is to
+                be the assistant's.
+
+        Raises:
+            InputError: the tokenizer has no chat template, or not for these.
+        """
+        chat = load_with_transformers(self._folder)
+        if chat.chat_template is None:
+            raise InputError(f"{self._folder} has no chat template: leave out --chat")
+        try:
+            return chat.apply_chat_template(
+                messages, add_generation_prompt=True, return_dict=False
+            )
+        except Exception as error:  # templates are programs
+            raise InputError(f"the chat template fails: {error}") from None
 
     def decode(self, tokens: list[int]) -> str:
         """Text of token ids, special tokens left out, spaces as they were learned."""
@@ -85,6 +107,7 @@ def _load(
     )
 
 
+@lru_cache(2)
 def load_with_transformers(folder: Path) -> Any:
     """The folder's tokenizer as transformers has it."""
     from transformers import AutoTokenizer, T5Tokenizer

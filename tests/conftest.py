@@ -8,7 +8,10 @@ layers and position bias outweigh the embedding, so that texts vary.
 import fast_blas  # noqa: F401  (before mlx: see there)
 
 import json
+import os
 from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 
 import numpy as np
 import pytest

@@ -13,7 +13,9 @@ import argparse
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -26,7 +28,7 @@ from conftest import save_checkpoint, tiny_torch
 import convert
 import model
 from decoder import generate
-from drafting import Draft, ModelDrafter
+from drafting import Draft, ModelDrafter, Session
 from sampling import Sampling
 
 VOCABULARY = 8
@@ -46,12 +48,18 @@ LEAST_EXPECTED = 5.0  # rarer outcomes are pooled
 
 @dataclass
 class TinyPair:
-    """A target and a draft over the same few tokens, and transformers' twins."""
+    """A target and a draft over the same few tokens, and transformers' twins.
 
-    target: model.T5Session
+    Attributes:
+        oracle, draft_oracle: prefixes (N, L) -> logits (N, V) of the token after each.
+        begin: the tokens that decoding goes on from.
+    """
+
+    target: Session
     drafter: ModelDrafter
-    oracle: transformers.T5ForConditionalGeneration
-    draft_oracle: transformers.T5ForConditionalGeneration
+    oracle: Callable[[torch.Tensor], torch.Tensor]
+    draft_oracle: Callable[[torch.Tensor], torch.Tensor]
+    begin: list[int]
 
     @classmethod
     def make(cls, folder: Path) -> "TinyPair":
@@ -63,12 +71,19 @@ class TinyPair:
             save_checkpoint(oracle, folder / name / "hf", untied=True)
             convert.convert(folder / name / "hf", folder / name / "mlx")
             sessions.append(model.T5Session(model.load(folder / name / "mlx")))
-            oracles.append(oracle)
-        return cls(sessions[0], ModelDrafter(sessions[1]), *oracles)
+            oracles.append(partial(_t5_logits, oracle))
+        return cls(sessions[0], ModelDrafter(sessions[1]), *oracles, [0])
+
+
+def _t5_logits(oracle, prefixes: torch.Tensor) -> torch.Tensor:
+    inputs = torch.tensor([PROMPT] * len(prefixes))
+    return oracle(input_ids=inputs, decoder_input_ids=prefixes).logits[:, -1]
 
 
 class Point:
-    """Drafts for certain what stands most often after the last token."""
+    """Drafts for certain, whatever."""
+
+    positions = None
 
     def start(self, prompts):
         pass
@@ -78,7 +93,7 @@ class Point:
         return Draft(mx.array(rows, mx.int32))
 
 
-def chain(sampling: Sampling) -> transformers.LogitsProcessorList:
+def chain(sampling: Sampling, begin: int = 1) -> transformers.LogitsProcessorList:
     """What transformers' ``generate`` applies for these options, in its order."""
     listed = transformers.LogitsProcessorList()
     if sampling.repetition_penalty != 1:
@@ -92,7 +107,7 @@ def chain(sampling: Sampling) -> transformers.LogitsProcessorList:
     if sampling.min_new_tokens:
         listed.append(
             transformers.MinNewTokensLengthLogitsProcessor(
-                1, sampling.min_new_tokens, END
+                begin, sampling.min_new_tokens, END
             )
         )
     if sampling.forced_bos_token_id is not None:
@@ -114,23 +129,27 @@ def chain(sampling: Sampling) -> transformers.LogitsProcessorList:
     return listed
 
 
-def next_probs(oracle, prefixes: list[list[int]], sampling: Sampling) -> np.ndarray:
-    """(N, V): the law of the token after each of N prefixes of one length."""
-    inputs = torch.tensor([PROMPT] * len(prefixes))
-    before = torch.tensor(prefixes)
+def next_probs(
+    oracle: Callable[[torch.Tensor], torch.Tensor],
+    begin: list[int],
+    texts: list[tuple[int, ...]],
+    sampling: Sampling,
+) -> np.ndarray:
+    """(N, V): the law of the token after each of N texts of one length."""
+    before = torch.tensor([[*begin, *text] for text in texts])
     with torch.no_grad():
-        logits = oracle(input_ids=inputs, decoder_input_ids=before).logits[:, -1]
-    return chain(sampling)(before, logits).double().softmax(-1).numpy()
+        logits = oracle(before)
+    return chain(sampling, len(begin))(before, logits).double().softmax(-1).numpy()
 
 
-def exact_law(oracle, sampling: Sampling) -> dict[tuple[int, ...], float]:
+def exact_law(pair: TinyPair, sampling: Sampling) -> dict[tuple[int, ...], float]:
     """The probability of everything that the first tokens can be."""
     law, running = {}, {(): 1.0}
     for _ in range(LENGTH):
         if not running:
             break  # every text has ended
         texts = list(running)
-        probs = next_probs(oracle, [[0, *text] for text in texts], sampling)
+        probs = next_probs(pair.oracle, pair.begin, texts, sampling)
         reached = {
             (*text, token): running[text] * float(probs[row, token])
             for row, text in enumerate(texts)
@@ -146,7 +165,7 @@ def exact_law(oracle, sampling: Sampling) -> dict[tuple[int, ...], float]:
 def distance(pair: TinyPair, sampling: Sampling) -> float:
     """TV(p, q) of the first token."""
     p, q = (
-        next_probs(oracle, [[0]], sampling)
+        next_probs(oracle, pair.begin, [()], sampling)
         for oracle in (pair.oracle, pair.draft_oracle)
     )
     return float(np.abs(p - q).sum()) / 2
@@ -251,7 +270,7 @@ def main() -> None:
         tests.append(("temperature 1", "model", pair.drafter, 3, samples // 5, 1))
         for way, kind, drafter, num_draft, size, batch in tests:
             sampling = replace(WAYS[way], seed=next(seeds))
-            law = exact_law(pair.oracle, sampling)
+            law = exact_law(pair, sampling)
             seen, accepted, tested = sample(
                 pair, drafter, sampling, num_draft, size, batch
             )

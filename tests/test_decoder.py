@@ -35,6 +35,8 @@ class Checked(model.T5Session):
 class Scripted:
     """A drafter that answers with a function of the committed tokens."""
 
+    positions = None
+
     def __init__(self, guess, ragged=None):
         self.guess = guess
         self.ragged = ragged

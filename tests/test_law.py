@@ -53,7 +53,7 @@ def p_value(pair, way, kind, num_draft, seed=1) -> float:
     options = replace(WAYS[way], seed=seed)
     drafter = pair.drafter if kind == "model" else Point()
     seen, _, _ = sample(pair, drafter, options, num_draft, SAMPLES)
-    return chi_square(seen, exact_law(pair.oracle, options))
+    return chi_square(seen, exact_law(pair, options))
 
 
 @pytest.mark.parametrize("way, kind, num_draft", LEGIT)
@@ -66,7 +66,7 @@ def test_plain_sampling(pair):
     """The target alone, whose next round is begun before this one has been read."""
     options = WAYS["no bigram twice"]
     seen, _, _ = sample(pair, None, options, 0, SAMPLES)
-    assert chi_square(seen, exact_law(pair.oracle, options)) > LEAST
+    assert chi_square(seen, exact_law(pair, options)) > LEAST
 
 
 def no_residual(monkeypatch):
@@ -126,8 +126,8 @@ def test_alpha_is_the_overlap(pair):
     """Σ min(p, q), from transformers' logits: within 4.5 standard errors, which by
     chance is missed once in 150,000 seeds."""
     options = WAYS["temperature 1"]
-    p = next_probs(pair.oracle, [[0]], options)
-    q = next_probs(pair.draft_oracle, [[0]], options)
+    p = next_probs(pair.oracle, [0], [()], options)
+    q = next_probs(pair.draft_oracle, [0], [()], options)
     overlap = float(np.minimum(p, q).sum())
     stood = sum(
         commit.accepted
@@ -200,7 +200,7 @@ def test_delta_keeps_its_guarantee(pair, delta):
     """The first token's law, sampled: above 0 off the target's, but no further than
     the bound allows, within 5 standard errors."""
     options = WAYS["temperature 1"]
-    p = next_probs(pair.oracle, [[0]], options)[0]
+    p = next_probs(pair.oracle, [0], [()], options)[0]
     seen, _, _ = sample(pair, pair.drafter, options, 1, SAMPLES, delta=delta)
     law = np.zeros(len(p))
     for text, times in seen.items():

@@ -374,7 +374,11 @@ def test_many_runs_end_well(pair):
 def test_ctrl_c_while_streaming(pair):
     """The text so far stays, on a line of its own; status 130; no traceback."""
     process = subprocess.Popen(
-        command(*models(pair), "--max-tokens", 100_000, "--prompt", PROMPT),
+        command(
+            *models(pair),
+            *("--max-tokens", 100_000, "--min-new-tokens", 100_000),
+            *("--prompt", PROMPT),
+        ),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )

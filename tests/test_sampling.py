@@ -207,6 +207,8 @@ def test_what_is_banned_is_never_emitted(sessions, temperature, delta):
     _, target, _ = sessions
 
     class Banned:
+        positions = None
+
         def start(self, prompts):
             pass
 

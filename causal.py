@@ -1,0 +1,325 @@
+"""Decoder-only models through mlx-lm: GPT-2, Llama, Qwen and the others that it has.
+
+mlx-lm computes the forward pass; the decoding loop, acceptance and sampling are this
+project's. A session is what the loop asks for: prefill, extend, rewind to a length.
+"""
+
+import fast_blas  # noqa: F401  (before mlx: see there)
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_map
+
+from checkpoint import CONFIG, GENERATION_CONFIG, read_json
+from errors import InputError
+from sampling import ban
+
+HINT = "decoder-only models need mlx-lm: pip install -r requirements-causal.txt"
+
+PREFILL = 2048  # prompt tokens that go through the model at a time
+ROOM = 256  # positions by which a cache grows
+
+
+def load(folder: Path) -> nn.Module:
+    """Load a checkpoint as it is: Hugging Face's or mlx-community's, quantized or not.
+
+    On a CPU the weights become float32, quantized ones too.
+
+    Raises:
+        InputError: mlx-lm is missing or does not have this architecture, or the files
+            are damaged.
+    """
+    try:
+        from mlx_lm.utils import _get_classes, dequantize_model, load_model
+    except ImportError:
+        raise InputError(HINT) from None
+    on_cpu = mx.default_device() == mx.cpu
+    if on_cpu:
+        mx.disable_compile()  # see model.load
+
+    def classes(config: dict[str, Any]) -> tuple[type, type]:
+        model_class, arguments = _get_classes(config)
+        if config.get("model_type") == "gpt2":
+            model_class = _with_saved_names(model_class)
+        return model_class, arguments
+
+    try:
+        model, _ = load_model(
+            folder,
+            lazy=on_cpu,
+            model_config=_rope(read_json(folder / CONFIG)),
+            get_model_classes=classes,
+        )
+    except Exception as error:  # of any kind, for whatever a folder may hold
+        raise InputError(f"mlx-lm cannot load {folder}: {error}") from None
+    if on_cpu:
+        model = dequantize_model(model)
+        model.update(tree_map(_widen, model.parameters()))
+        mx.eval(model.parameters())
+    model.eval()
+    return model
+
+
+def _rope(config: dict[str, Any]) -> dict[str, Any]:
+    """The rotary embedding's settings where mlx-lm looks for them.
+
+    transformers 5 saves them in a group; mlx-lm's models that look for them beside it
+    would take their own defaults.
+    """
+    group = config.get("rope_parameters")
+    if not isinstance(group, dict) or "rope_theta" not in group:
+        return {}
+    found = {"rope_theta": group["rope_theta"]}
+    if group.get("rope_type", "default") != "default":
+        found["rope_scaling"] = group
+    return {name: value for name, value in found.items() if name not in config}
+
+
+def _with_saved_names(model_class: type) -> type:
+    """GPT-2 that also takes the names which transformers saves: mlx-lm has only those
+    of the first checkpoints, that the hub's ``gpt2`` to ``gpt2-xl`` still have."""
+
+    class Named(model_class):
+        def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+            return super().sanitize(
+                {
+                    name.removeprefix("transformer."): weight
+                    for name, weight in weights.items()
+                    if name != "lm_head.weight"  # the embedding once more
+                    and not name.endswith(".attn.masked_bias")
+                }
+            )
+
+    return Named
+
+
+def _widen(weight: mx.array) -> mx.array:
+    floating = mx.issubdtype(weight.dtype, mx.floating)
+    return weight.astype(mx.float32) if floating else weight
+
+
+def eos_tokens(folder: Path) -> frozenset[int]:
+    """The ids that end a text, of either config; there may be several.
+
+    Raises:
+        InputError: an id is no number.
+    """
+    found: set[int] = set()
+    for name in (CONFIG, GENERATION_CONFIG):
+        config = read_json(folder / name, optional=name != CONFIG)
+        ends = config.get("eos_token_id")
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        if not all(isinstance(end, int) for end in ends):
+            raise InputError(f"{folder / name} has an odd eos_token_id: {ends}")
+        found.update(ends)
+    return frozenset(found)
+
+
+def positions(folder: Path) -> int | None:
+    """How many positions the model was trained with; None where that is not said."""
+    config = read_json(folder / CONFIG)
+    for values in (config, config.get("text_config") or {}):
+        for name in ("n_positions", "max_position_embeddings"):
+            if isinstance(values.get(name), int):
+                return values[name]
+    return None
+
+
+class CausalSession:
+    """One mlx-lm model and the decoding state of one batch of prompts.
+
+    One prompt uses mlx-lm's own caches, and what it begins with in common with the text
+    before it stays cached. In a batch, whose rows are at different lengths, each layer
+    has a cache with a length for each row.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        vocabulary: int,
+        banned: Collection[int] = (),
+        positions: int | None = None,
+    ):
+        """
+        Args:
+            vocabulary: how many ids may be emitted: logits are cut to it.
+            banned: ids below it that stand for nothing: their logits are -inf.
+            positions: the most that may be fed.
+
+        Raises:
+            InputError: the model's caches cannot be rewound.
+        """
+        from mlx_lm.models.cache import KVCache, make_prompt_cache
+
+        self.model = model
+        self.vocabulary = vocabulary
+        self.positions = positions
+        self.lengths: list[int] = []
+        self._ban = ban(vocabulary, banned) if banned else None
+        self._new_caches = lambda: make_prompt_cache(model)
+        self._caches: list[Any] = self._new_caches()
+        # What was fed to a single row: (place, tokens) in order.
+        self._fed: list[tuple[int, mx.array]] = []
+        for cache in self._caches:
+            if type(cache) is not KVCache:
+                raise InputError(
+                    f"this model keeps its state in a {type(cache).__name__}, which "
+                    f"cannot be rewound: sliding windows and state-space layers do "
+                    f"not go with speculative decoding"
+                )
+
+    def start(self, prompts: list[list[int]]) -> list[list[int]]:
+        """Prefill a batch of prompts (B lists of ids, none empty), but the last token
+        of each. Returns when the device has finished.
+
+        Returns:
+            The prompts: decoding goes on from their last tokens.
+
+        Raises:
+            InputError: an empty prompt, or one that leaves no position to write to.
+        """
+        for prompt in prompts:
+            if not prompt:
+                raise InputError("the prompt is empty")
+            if max(prompt) >= self.vocabulary or min(prompt) < 0:
+                raise InputError(
+                    f"the prompt has the token id {max(prompt)}, but the model has "
+                    f"{self.vocabulary}"
+                )
+            if self.positions and len(prompt) >= self.positions:
+                raise InputError(
+                    f"the prompt has {len(prompt)} tokens, but the model has positions "
+                    f"for {self.positions} with its answer: shorten it"
+                )
+        known = 0
+        if len(prompts) == 1:
+            known = self._reuse(prompts[0])
+        else:
+            self._caches = [
+                RowCache(len(prompts), self.positions) for _ in self._new_caches()
+            ]
+        longest = max(map(len, prompts)) - 1
+        tokens = np.zeros((len(prompts), longest), np.int32)
+        for row, prompt in enumerate(prompts):
+            tokens[row, : len(prompt) - 1] = prompt[:-1]
+        self.lengths = [known] * len(prompts)
+        for place in range(known, longest, PREFILL):
+            mx.eval(self.extend(mx.array(tokens[:, place : place + PREFILL]))[:, -1:])
+        self.rewind([len(prompt) - 1 for prompt in prompts])
+        return [list(prompt) for prompt in prompts]
+
+    def extend(self, tokens: mx.array) -> mx.array:
+        """Append tokens (B, T), each row at its own length.
+
+        Returns:
+            Logits (B, T, vocabulary): those at [b, t] are for the token after it.
+        """
+        if len(self.lengths) == 1:
+            self._fed.append((self.lengths[0], tokens))
+        logits = self.model(tokens, cache=self._caches)
+        self.lengths = [length + tokens.shape[1] for length in self.lengths]
+        logits = logits[..., : self.vocabulary]
+        return logits if self._ban is None else logits + self._ban.astype(logits.dtype)
+
+    def rewind(self, lengths: list[int]) -> None:
+        """Forget all but the first ``lengths[b]`` cached positions of each row b.
+
+        Raises:
+            ValueError: a length beyond what is cached.
+        """
+        if len(lengths) != len(self.lengths) or not all(
+            0 <= new <= old for new, old in zip(lengths, self.lengths, strict=False)
+        ):
+            raise ValueError(f"cannot rewind from {self.lengths} to {lengths}")
+        for cache in self._caches:
+            if isinstance(cache, RowCache):
+                cache.rewind(lengths)
+            else:
+                cache.trim(self.lengths[0] - lengths[0])
+        self.lengths = list(lengths)
+
+    def _reuse(self, prompt: list[int]) -> int:
+        """Keep of the cache what ``prompt`` begins with; how many positions that is."""
+        held: list[int] = []
+        if len(self.lengths) == 1:
+            for place, tokens in self._fed:
+                held[place:] = np.array(tokens)[0].tolist()
+            held = held[: self.lengths[0]]
+        else:
+            self._caches = self._new_caches()
+            self.lengths = [0]
+        known = 0
+        for cached, token in zip(held, prompt[:-1], strict=False):
+            if cached != token:
+                break
+            known += 1
+        self.rewind([known])
+        self._fed = [(0, mx.array([held[:known]], mx.int32))]
+        return known
+
+
+class RowCache:
+    """Keys and values of one layer, with a length of its own for each row.
+
+    It stands where mlx-lm's caches do: models ask it for ``offset``, for a mask, and to
+    take in new keys and values. What lies beyond a row's length is masked and later
+    overwritten, so a rewind only changes lengths.
+    """
+
+    def __init__(self, rows: int, positions: int | None):
+        self._lengths = np.zeros(rows, np.int32)
+        # A finished row is fed on while others are not: not beyond the last position.
+        self._last = (positions or np.iinfo(np.int32).max) - 1
+        self._keys: mx.array | None = None
+        self._values: mx.array | None = None
+
+    @property
+    def offset(self) -> mx.array:
+        """(B,) int32, where each row's next position is."""
+        return mx.array(np.minimum(self._lengths, self._last))
+
+    def rewind(self, lengths: list[int]) -> None:
+        self._lengths = np.array(lengths, np.int32)
+
+    def make_mask(
+        self, size: int, return_array: bool = True, window_size: int | None = None
+    ) -> mx.array:
+        """(B, 1, T, keys) bool: what each of ``size`` new positions may attend to."""
+        places = self._lengths[:, None] + np.arange(size)
+        seen = np.arange(places.max() + 1) <= places[..., None]
+        return mx.array(seen[:, None])
+
+    def update_and_fetch(
+        self, keys: mx.array, values: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """Append keys and values (B, H, T, D); all of them, up to the longest row."""
+        size = keys.shape[2]
+        places = self._lengths[:, None] + np.arange(size, dtype=np.int32)
+        end = int(places.max()) + 1
+        self._keys = _with_room(self._keys, keys, end)
+        self._values = _with_room(self._values, values, end)
+        at = mx.array(places[:, None, :, None])
+        self._keys = mx.put_along_axis(
+            self._keys, mx.broadcast_to(at, keys.shape), keys, 2
+        )
+        self._values = mx.put_along_axis(
+            self._values, mx.broadcast_to(at, values.shape), values, 2
+        )
+        self._lengths = self._lengths + size
+        return self._keys[:, :, :end], self._values[:, :, :end]
+
+
+def _with_room(held: mx.array | None, new: mx.array, end: int) -> mx.array:
+    """``held`` with at least ``end`` positions, zeroed: masked NaN would spread."""
+    batch, heads, _, size = new.shape
+    have = 0 if held is None else held.shape[2]
+    if end <= have:
+        return held
+    room = -(-end // ROOM) * ROOM - have
+    empty = mx.zeros((batch, heads, room, size), new.dtype)
+    return empty if held is None else mx.concatenate([held, empty], axis=2)
