@@ -14,21 +14,24 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
+from drafting import ModelDrafter
 from errors import InputError
-from model import T5
+from model import T5, T5Session
 from pair import Pair
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """A program that decodes greedily.
+    """A program that decodes, greedily where ``temperature`` is 0.
 
     Attributes:
-        generate: a prompt's ids -> the new tokens, end-of-sequence included.
+        generate: a prompt's ids -> the new tokens, end-of-sequence included, and the
+            passes of the target where they can be counted.
     """
 
     name: str
-    generate: Callable[[list[int]], list[int]]
+    generate: Callable[[list[int]], tuple[list[int], int | None]]
+    temperature: float = 0.0
 
 
 def transformers_generate(pair: Pair, max_tokens: int) -> Baseline:
@@ -95,7 +98,7 @@ def _transformers(pair: Pair, max_tokens: int, assisted: bool) -> Baseline:
             device = torch.device("cuda")
         elif torch.backends.mps.is_available():
             device = torch.device("mps")
-    model = pair.target.model
+    model = _t5(pair)
     reference = to_transformers(model, pair.folder).to(device)
     # transformers would emit rows that no token stands for.
     size = pair.target.vocabulary
@@ -114,7 +117,7 @@ def _transformers(pair: Pair, max_tokens: int, assisted: bool) -> Baseline:
         options["assistant_model"] = assistant
         name = f"transformers assisted, {device.type}"
 
-    def generate(prompt: list[int]) -> list[int]:
+    def generate(prompt: list[int]) -> tuple[list[int], None]:
         ids = torch.tensor([prompt], device=device)
         its = dict(options)
         if not assisted:
@@ -123,7 +126,7 @@ def _transformers(pair: Pair, max_tokens: int, assisted: bool) -> Baseline:
         with torch.inference_mode():
             mask = torch.ones_like(ids)
             out = reference.generate(input_ids=ids, attention_mask=mask, **its)
-        return out[0, 1:].tolist()
+        return out[0, 1:].tolist(), None
 
     return Baseline(name, generate)
 
@@ -138,7 +141,7 @@ def ctranslate2(pair: Pair, max_tokens: int, int8: bool = False) -> Baseline:
         import ctranslate2 as library
         from ctranslate2.converters import TransformersConverter
 
-        reference = to_transformers(pair.target.model, pair.folder)
+        reference = to_transformers(_t5(pair), pair.folder)
     except ImportError as error:
         raise InputError(
             f"--baseline ctranslate2 needs ctranslate2 and torch: {error}"
@@ -161,7 +164,7 @@ def ctranslate2(pair: Pair, max_tokens: int, int8: bool = False) -> Baseline:
     names = {token: name for name, token in pair.tokenizer.ids.items()}
     ends = pair.eos_tokens
 
-    def generate(prompt: list[int]) -> list[int]:
+    def generate(prompt: list[int]) -> tuple[list[int], None]:
         (result,) = translator.translate_batch(
             [[names[token] for token in prompt]],
             beam_size=1,
@@ -169,7 +172,7 @@ def ctranslate2(pair: Pair, max_tokens: int, int8: bool = False) -> Baseline:
             end_token=[names[token] for token in ends],
             return_end_token=True,
         )
-        return [pair.tokenizer.ids[name] for name in result.hypotheses[0]]
+        return [pair.tokenizer.ids[name] for name in result.hypotheses[0]], None
 
     return Baseline(f"CTranslate2, {kind}", generate)
 
@@ -179,13 +182,72 @@ def ctranslate2_int8(pair: Pair, max_tokens: int) -> Baseline:
     return ctranslate2(pair, max_tokens, int8=True)
 
 
+def mlx_lm(pair: Pair, max_tokens: int, num_draft: int, temperature: float) -> Baseline:
+    """mlx-lm's own generation with the same models, alone or with its ``draft_model``.
+
+    Raises:
+        InputError: it is no decoder-only pair.
+    """
+    if isinstance(pair.target, T5Session):
+        raise InputError("--baseline mlx-lm is for decoder-only models: T5 is none")
+    from mlx_lm.generate import generate_step, speculative_generate_step
+    from mlx_lm.sample_utils import make_sampler
+
+    target = _Counted(pair.target.model)
+    options = {"max_tokens": max_tokens, "sampler": make_sampler(temp=temperature)}
+
+    def generate(prompt: list[int]) -> tuple[list[int], int]:
+        ids, tokens = mx.array(prompt), []
+        target.calls = 0
+        if num_draft:
+            draft = pair.drafter.session.model
+            steps = speculative_generate_step(
+                ids, target, draft, num_draft_tokens=num_draft, **options
+            )
+        else:
+            steps = generate_step(ids, target, **options)
+        for token, *_ in steps:
+            tokens.append(int(token))
+            if tokens[-1] in pair.eos_tokens:
+                break
+        steps.close()
+        # The prompt's own passes are none of decoding; the last token's is its own.
+        return tokens, target.calls - (len(prompt) > 1)
+
+    name = f"mlx-lm, num-draft {num_draft}"
+    if temperature:
+        name += f", temperature {temperature:g}"
+    return Baseline(name, generate, temperature)
+
+
+class _Counted:
+    """A model that counts its passes."""
+
+    def __init__(self, model: Any):
+        self._model = model
+        self.calls = 0
+
+    def __call__(self, *args: Any, **options: Any) -> mx.array:
+        self.calls += 1
+        return self._model(*args, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+def _t5(pair: Pair) -> T5:
+    if not isinstance(pair.target, T5Session):
+        raise InputError("of the baselines only mlx-lm is for decoder-only models")
+    return pair.target.model
+
+
 def _draft(pair: Pair) -> T5:
-    if pair.drafter is None:
-        raise InputError("--baseline transformers-assisted needs a --draft-model")
+    if not isinstance(pair.drafter, ModelDrafter):
+        raise InputError("--baseline transformers-assisted needs a draft model")
     return pair.drafter.session.model
 
 
-#: By the names that --baseline takes.
+#: By the names that --baseline takes; mlx-lm's are made cell by cell.
 MAKE: dict[str, Callable[[Pair, int], Baseline]] = {
     "transformers": transformers_generate,
     "transformers-assisted": transformers_assisted,

@@ -48,6 +48,7 @@ PROMPTS = Path(__file__).resolve().parent / "demo" / "test.tsv"
 RESAMPLES = 2000  # of the bootstrap
 COST_REPEATS = 60  # timings per entry of the cost table
 COST_PREFIX = 8  # tokens decoded before the timed step
+MLX_LM = "mlx-lm"  # of the baselines the one that drafts and samples as well
 SIMULATED_PROMPTS, SIMULATED_TOKENS = 3, 64
 
 
@@ -58,11 +59,6 @@ class Cell:
     num_draft: int
     delta: float = 0.0
     temperature: float = 0.0
-
-    @property
-    def plain(self) -> "Cell":
-        """The cell that this one's speed-up is over."""
-        return Cell(0, 0.0, self.temperature)
 
     @property
     def sampling(self) -> Sampling:
@@ -90,12 +86,15 @@ class Variant:
     """One way to answer a prompt: ours in a cell, or another program's.
 
     Attributes:
+        cell: ours; None for another program.
         answer: of a prompt and its number.
+        temperature: at which it decodes.
     """
 
     name: str
     cell: Cell | None
     answer: Callable[[str, int], Answer]
+    temperature: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -166,19 +165,21 @@ def ours(pair: Pair, cell: Cell, max_tokens: int) -> Variant:
         ).finish()
         return Answer(done.text, done.tokens, time.perf_counter() - began, done.stats)
 
-    return Variant(str(cell), cell, answer)
+    return Variant(str(cell), cell, answer, cell.temperature)
 
 
 def theirs(pair: Pair, baseline: baselines.Baseline) -> Variant:
-    """Greedy decoding with another program, on the same weights."""
+    """Decoding with another program, on the same weights."""
 
     def answer(prompt: str, number: int) -> Answer:
         began = time.perf_counter()
-        tokens = baseline.generate(pair.tokenizer.encode(prompt))
+        tokens, passes = baseline.generate(pair.tokenizer.encode(prompt))
         text = pair.tokenizer.decode(tokens)
-        return Answer(text, tokens, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        stats = passes and Stats(new_tokens=len(tokens), rounds=passes)
+        return Answer(text, tokens, seconds, stats)
 
-    return Variant(baseline.name, None, answer)
+    return Variant(baseline.name, None, answer, baseline.temperature)
 
 
 def measure(
@@ -298,18 +299,18 @@ def summarise(
         high=high,
         bleu=sacrebleu([answer.text for answer in answers], references),
     )
-    if cell is None or not cell.temperature:
+    if not variant.temperature:
         same = [a.tokens == b.tokens for a, b in zip(answers, plain, strict=True)]
         row = replace(row, equal=sum(same))
-    if cell is None:
+    stats = [answer.stats for answer in answers if answer.stats]
+    if not stats:
         return row
-    stats = [answer.stats for answer in answers]
     tested = sum(each.tested for each in stats)
     row = replace(
         row,
         tokens_per_round=sum(each.new_tokens for each in stats)
         / sum(each.rounds for each in stats),
-        peak_memory=max(each.peak_memory_bytes for each in stats),
+        peak_memory=max(each.peak_memory_bytes for each in stats) or None,
     )
     if cost is None or not tested:
         return row
@@ -528,8 +529,9 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
         "--baseline",
         action="append",
         default=[],
-        choices=list(baselines.MAKE),
-        help="also time this, greedily, on the same weights; may be repeated",
+        choices=[*baselines.MAKE, MLX_LM],
+        help="also time this on the same weights, greedily, but mlx-lm in every cell; "
+        "may be repeated",
     )
     add("--json", type=writable, metavar="FILE", help="write the figures there as well")
     add("--plot", type=writable, metavar="FILE", help="draw them there (.png, .svg)")
@@ -555,7 +557,7 @@ def cells(args: Namespace) -> list[Cell]:
         for delta, count in product(args.delta, args.num_draft):
             if count:
                 found[Cell(count, delta, temperature)] = None
-    if args.baseline and Cell(0) not in found:
+    if set(args.baseline) - {MLX_LM} and Cell(0) not in found:
         raise InputError("the baselines decode greedily: add a --temperature of 0")
     for cell in found:
         _ = cell.sampling  # raises for what is no temperature
@@ -593,7 +595,19 @@ def _measured(args: Namespace, swept: list[Cell], about: dict[str, Any]) -> list
     max_tokens = args.max_tokens or MAX_TOKENS
     variants = [ours(pair, cell, max_tokens) for cell in swept]
     for name in args.baseline:
-        variants.append(theirs(pair, baselines.MAKE[name](pair, max_tokens)))
+        if name == MLX_LM:
+            variants += [
+                theirs(
+                    pair,
+                    baselines.mlx_lm(
+                        pair, max_tokens, cell.num_draft, cell.temperature
+                    ),
+                )
+                for cell in swept
+                if not cell.delta
+            ]
+        else:
+            variants.append(theirs(pair, baselines.MAKE[name](pair, max_tokens)))
     about |= {"prompts": len(prompts), "max_tokens": max_tokens}
     _say_all(about)
     answers = measure(variants, prompts, args.repeats)
@@ -660,7 +674,7 @@ def _rows(
         cost = None
         if variant.cell and variant.cell.num_draft:
             cost = step_cost(target, drafter, ids, variant.cell)
-        base = plain[variant.cell.plain if variant.cell else Cell(0)]
+        base = plain[Cell(0, 0.0, variant.temperature)]
         rows.append(summarise(variant, its, base, references, cost))
     return rows
 

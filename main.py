@@ -196,7 +196,10 @@ def load_pair(arguments: Namespace) -> "Pair":
     if model is None:
         model, default_draft = _default_models()
         draft = draft or default_draft
-        say(f"using {model}" + (f" with {draft}" if not plain else ""))
+        if Path(model) == BUNDLED[0]:
+            say("using the bundled pair: English to German, sentences of up to 8 words")
+        else:
+            say(f"using {model}" + (f" with {draft}" if not plain else ""))
     if plain or draft == NO_DRAFT:
         return Pair.load(model)
     return Pair.load(model, draft) if draft else _load_with_default_draft(model)

@@ -1,7 +1,7 @@
 """Text to token ids and back: the tokenizer of a checkpoint folder, and streaming."""
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ class Tokenizer:
         Raises:
             InputError: the tokenizer has no chat template, or not for these.
         """
-        chat = load_with_transformers(self._folder)
+        chat = self._with_template
         if chat.chat_template is None:
             raise InputError(f"{self._folder} has no chat template: leave out --chat")
         try:
@@ -48,6 +48,10 @@ class Tokenizer:
             )
         except Exception as error:  # templates are programs
             raise InputError(f"the chat template fails: {error}") from None
+
+    @cached_property
+    def _with_template(self) -> Any:
+        return load_with_transformers(self._folder)
 
     def decode(self, tokens: list[int]) -> str:
         """Text of token ids, special tokens left out, spaces as they were learned."""
@@ -107,7 +111,6 @@ def _load(
     )
 
 
-@lru_cache(2)
 def load_with_transformers(folder: Path) -> Any:
     """The folder's tokenizer as transformers has it."""
     from transformers import AutoTokenizer, T5Tokenizer

@@ -5,13 +5,17 @@ tied head and small layers the next token is always the last one. The weights he
 layers and position bias outweigh the embedding, so that texts vary.
 """
 
+import os
+
+# Before the libraries that read them: a process of the tests has a core for itself,
+# and none goes to the network.
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 import fast_blas  # noqa: F401  (before mlx: see there)
 
 import json
-import os
 from pathlib import Path
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 
 import numpy as np
 import pytest
@@ -33,7 +37,7 @@ import model
 
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("suite")
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 #: Ids 0 to 2 are pad, end-of-sequence and unknown.
 VOCABULARY = 96

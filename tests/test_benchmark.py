@@ -8,6 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import VOCABULARY, tiny_tokenizer
+from test_causal import tiny_causal
 from transformers import DynamicCache, EncoderDecoderCache
 
 import baselines
@@ -123,6 +125,37 @@ def test_sampled_and_relaxed_sweep(call, make, tmp_path):
     assert rows[2]["alpha"] == rows[5]["alpha"] == 1 > rows[4]["alpha"]
     assert rows[1]["equal"] == 5 > rows[2]["equal"]
     assert "BLEU" not in out
+
+
+def test_beside_mlx_lm(call, tmp_path):
+    """A decoder-only pair, cell by cell; greedy texts are the same."""
+    folders = []
+    for noise in (0.0, 0.03):
+        folders.append(tmp_path / str(noise))
+        tiny_causal("llama", noise=noise).save_pretrained(folders[-1])
+        tiny_tokenizer(VOCABULARY).save_pretrained(folders[-1])
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS))
+    flags = ["--model", folders[0], "--draft-model", folders[1], "--prompts", prompts]
+    flags += ["--num-draft", "3", "--max-tokens", 20, "--json", tmp_path / "f.json"]
+    status, _, err = call(*flags, "--temperature", "0,1", "--baseline", "mlx-lm")
+    assert status == 0, err
+    rows = json.loads((tmp_path / "f.json").read_text())["rows"]
+    ours = {(row["num_draft"], row["temperature"]): row for row in rows[:4]}
+    theirs = {row["name"]: row for row in rows[4:]}
+    assert list(theirs) == [
+        "mlx-lm, num-draft 0",
+        "mlx-lm, num-draft 3",
+        "mlx-lm, num-draft 0, temperature 1",
+        "mlx-lm, num-draft 3, temperature 1",
+    ]
+    assert [row["equal"] for row in rows] == [5, 5, None, None] * 2
+    plain, drafted = theirs["mlx-lm, num-draft 0"], theirs["mlx-lm, num-draft 3"]
+    assert plain["tokens_per_round"] == pytest.approx(1, abs=0.1)
+    per_round = ours[3, 0]["tokens_per_round"]
+    assert drafted["tokens_per_round"] == pytest.approx(per_round, rel=0.1)
+    status, _, err = call(*flags, "--baseline", "transformers")
+    assert status == 2 and "only mlx-lm" in err
 
 
 def test_simulation(call, tmp_path):

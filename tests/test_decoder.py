@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import model
 from decoder import generate
-from drafting import Draft, ModelDrafter
+from drafting import Draft, LookupDrafter, ModelDrafter
 from errors import InputError
 from sampling import GREEDY, Choices
 
@@ -98,6 +98,7 @@ def drafters(tiny, make):
         "always the end": Scripted(lambda sequence, n: [1] * n),
         "no such id": Scripted(lambda sequence, n: ([10**6, -5] * n)[:n]),
         "nothing, now and then": Scripted(lambda s, n: [s[-1]] * n, ragged=len),
+        "lookup": LookupDrafter(),
     }
 
 
@@ -121,6 +122,7 @@ NAMES = (
     "always the end",
     "no such id",
     "nothing, now and then",
+    "lookup",
 )
 
 

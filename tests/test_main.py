@@ -228,6 +228,10 @@ def test_prompts_that_were_not_typed_are_shown(call, pair, monkeypatch):
 def test_default_models(call, pair, monkeypatch, tmp_path):
     """t5-11b with t5-small once converted; a target of one's own takes t5-small."""
     monkeypatch.setattr(checkpoint, "MODELS", tmp_path / "models")
+    status, out, err = call()
+    assert (status, out) == (0, "Die Kinder spielen im Garten.\n")
+    assert err.startswith("using the bundled pair")
+    monkeypatch.setattr(main, "BUNDLED", (tmp_path, tmp_path))
     status, _, err = call()
     assert status == 2
     assert "no model is converted yet" in err

@@ -1,0 +1,46 @@
+"""The bundled pair, as `make run` uses it."""
+
+import fast_blas  # noqa: F401  (before mlx: see there)
+
+import random
+from pathlib import Path
+
+import pytest
+
+import benchmark
+import main
+from pair import Pair
+
+EXAMPLES = Path(main.__file__).parent / "demo" / "examples.txt"
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    return Pair.load(*map(str, main.BUNDLED))
+
+
+def test_speculation_changes_nothing(bundled):
+    """On sentences that the pair never saw, and the draft is right more often than not."""
+    references = benchmark.read_prompts(benchmark.PROMPTS, None)
+    prompts = random.Random(0).sample(sorted(references), 40)
+    drafted = [bundled.generate(prompt, max_tokens=32).finish() for prompt in prompts]
+    plain = [
+        bundled.generate(prompt, max_tokens=32, num_draft=0).finish()
+        for prompt in prompts
+    ]
+    assert [each.tokens for each in drafted] == [each.tokens for each in plain]
+    accepted = sum(each.stats.accepted for each in drafted)
+    assert accepted / sum(each.stats.tested for each in drafted) > 0.5
+    bleu = benchmark.sacrebleu(
+        [each.text for each in plain], [references[prompt] for prompt in prompts]
+    )
+    assert bleu > 20
+
+
+def test_examples_are_translated(bundled):
+    """What a newcomer sees first ends, and is German."""
+    prompts = [main.EXAMPLE, *EXAMPLES.read_text().splitlines()]
+    for prompt in prompts:
+        answer = bundled.generate(prompt).finish()
+        assert answer.finish_reason == "eos"
+        assert 3 <= len(answer.text.split()) <= 12
