@@ -84,7 +84,6 @@ def to_transformers(model: T5, folder: Path) -> Any:
 def _transformers(pair: Pair, max_tokens: int, assisted: bool) -> Baseline:
     try:
         import torch
-        from transformers import DynamicCache, EncoderDecoderCache
         from transformers.utils import logging
     except ImportError:
         raise InputError(
@@ -99,7 +98,7 @@ def _transformers(pair: Pair, max_tokens: int, assisted: bool) -> Baseline:
         elif torch.backends.mps.is_available():
             device = torch.device("mps")
     model = _t5(pair)
-    reference = to_transformers(model, pair.folder).to(device)
+    reference = _generating(model, pair.folder).to(device)
     # transformers would emit rows that no token stands for.
     size = pair.target.vocabulary
     banned = [*pair.tokenizer.gaps(size), *range(size, reference.config.vocab_size)]
@@ -113,22 +112,25 @@ def _transformers(pair: Pair, max_tokens: int, assisted: bool) -> Baseline:
     }
     name = f"transformers, {device.type}"
     if assisted:
-        assistant = to_transformers(_draft(pair), pair.draft_folder).to(device)
+        assistant = _generating(_draft(pair), pair.draft_folder).to(device)
         options["assistant_model"] = assistant
         name = f"transformers assisted, {device.type}"
 
     def generate(prompt: list[int]) -> tuple[list[int], None]:
         ids = torch.tensor([prompt], device=device)
-        its = dict(options)
-        if not assisted:
-            # Its own cache: generate() takes its depth from the encoder.
-            its["past_key_values"] = EncoderDecoderCache(DynamicCache(), DynamicCache())
         with torch.inference_mode():
             mask = torch.ones_like(ids)
-            out = reference.generate(input_ids=ids, attention_mask=mask, **its)
+            out = reference.generate(input_ids=ids, attention_mask=mask, **options)
         return out[0, 1:].tolist(), None
 
     return Baseline(name, generate)
+
+
+def _generating(model: T5, folder: Path) -> Any:
+    reference = to_transformers(model, folder)
+    # generate() makes as many caches as this says, and means the decoder's layers.
+    reference.config.num_layers = reference.config.num_decoder_layers
+    return reference
 
 
 def ctranslate2(pair: Pair, max_tokens: int, int8: bool = False) -> Baseline:

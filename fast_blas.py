@@ -10,6 +10,7 @@ Elsewhere nothing happens: macOS has Accelerate, and a GPU needs no BLAS.
 """
 
 import ctypes
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,18 +43,35 @@ def _computes_on_cpu() -> bool:
     )
 
 
-def _load() -> str | None:
+def _load() -> tuple[str | None, ctypes.CDLL | None]:
     for name in _candidates():
         try:
-            ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+            return name, ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
         except OSError:
             continue
-        return name
-    return None
+    return None, None
 
 
 #: Whether a tuned BLAS is wanted on this machine.
 wanted = _computes_on_cpu()
 
 #: The library that was loaded; None where none is wanted or none was found.
-library = _load() if wanted else None
+library, _handle = _load() if wanted else (None, None)
+
+#: Below so many parameters a model's products are over before a second thread is up:
+#: measured on 2 cores, 6 million are 20 to 30 % faster with one, 60 million slower.
+SMALL = 20_000_000
+
+
+def fit_threads(parameters: int) -> None:
+    """Use as many threads as pay for a model with so many parameters.
+
+    Where the environment says how many, that holds.
+    """
+    if _handle is None or {"MKL_NUM_THREADS", "OMP_NUM_THREADS"} & os.environ.keys():
+        return
+    threads = 1 if parameters < SMALL else len(os.sched_getaffinity(0))
+    for name in ("MKL_Set_Num_Threads", "openblas_set_num_threads"):
+        if hasattr(_handle, name):
+            getattr(_handle, name)(threads)
+            return

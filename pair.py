@@ -9,12 +9,16 @@ In use::
     print(answer.stats.tokens_per_round)
 """
 
+import fast_blas
+
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from mlx.utils import tree_flatten
 
 from checkpoint import CONFIG, locate, read_json
 from config import FAMILY, T5Config
@@ -161,6 +165,8 @@ class Pair:
                 )
             drafter = ModelDrafter(_session(draft_folder, tokenizer, vocabulary))
         target = _session(folder, tokenizer, vocabulary)
+        weights = tree_flatten(target.model.parameters())
+        fast_blas.fit_threads(sum(weight.size for _, weight in weights))
         pair = cls(target, tokenizer, _eos_tokens(folder), drafter)
         pair.folder, pair.draft_folder = folder, draft_folder
         return pair

@@ -9,6 +9,7 @@ languages. ``--held-out`` names files of English sentences; the pairs whose Engl
 is in one are written to a file of that name, all others to ``train.tsv``.
 """
 
+import random
 import sys
 import unicodedata
 import zipfile
@@ -66,7 +67,10 @@ def main() -> None:
     }
     if len(held_out) < len(args.held_out) or "train" in held_out:
         raise InputError("the held-out files need different names, and not 'train'")
-    splits: dict[str, list[str]] = {name: [] for name in ["train", *held_out]}
+    # By source: the translations of one stay together.
+    splits: dict[str, dict[str, list[str]]] = {
+        name: {} for name in ["train", *held_out]
+    }
     for archive in args.archives:
         language, rows = pairs(archive)
         for english, translation in rows:
@@ -76,9 +80,17 @@ def main() -> None:
                 (name for name, held in held_out.items() if english in held), "train"
             )
             source = f"translate English to {language}: {english}"
-            splits[split].append(f"{source}\t{translation}\n")
+            splits[split].setdefault(source, []).append(translation)
     args.output.mkdir(parents=True, exist_ok=True)
-    for name, lines in splits.items():
+    for name, translations in splits.items():
+        # The archives are sorted by length: the first lines would be no fair sample.
+        sources = list(translations)
+        random.Random(0).shuffle(sources)
+        lines = [
+            f"{source}\t{translation}\n"
+            for source in sources
+            for translation in translations[source]
+        ]
         (args.output / f"{name}.tsv").write_text("".join(lines), "utf-8")
         print(f"{len(lines):8,} pairs: {args.output / name}.tsv", file=sys.stderr)
 

@@ -20,7 +20,7 @@ def bundled():
 
 
 def test_speculation_changes_nothing(bundled):
-    """On sentences that the pair never saw, and the draft is right more often than not."""
+    """On sentences that the pair never saw; the draft is right more often than not."""
     references = benchmark.read_prompts(benchmark.PROMPTS, None)
     prompts = random.Random(0).sample(sorted(references), 40)
     drafted = [bundled.generate(prompt, max_tokens=32).finish() for prompt in prompts]
