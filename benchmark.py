@@ -380,42 +380,53 @@ def table(rows: list[Row]) -> Iterator[str]:
 
 
 def plot(rows: list[Row], path: Path, title: str) -> None:
-    """Draw speed-up against draft tokens per round, measured and expected.
+    """Draw the speed-up, measured with its interval and as expected.
 
-    Raises:
-        InputError: matplotlib is missing, or does not know the file's kind.
+    Over draft tokens per round, a line for each temperature and delta; or, where only
+    deltas were swept, over those, with sacreBLEU beside it.
     """
     from matplotlib.figure import Figure  # without a display
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot(title=title)
-    axes.set(xlabel="draft tokens per round", ylabel="speed-up over the target alone")
+    axes.set_ylabel("speed-up over the target alone")
     axes.axhline(1, color="gray", linewidth=0.8)
-    swept = [row for row in rows if row.num_draft is not None]
-    lines = dict.fromkeys((row.temperature, row.delta) for row in swept if row.alpha)
-    for number, (temperature, delta) in enumerate(lines):
-        its = [
-            row
-            for row in swept
-            if row.temperature == temperature
-            and (row.delta == delta or row.num_draft == 0)
-        ]
-        its.sort(key=lambda row: row.num_draft)
-        x, y = [row.num_draft for row in its], [row.speedup for row in its]
+    swept = [row for row in rows if row.num_draft]
+    by_delta = (
+        len({row.num_draft for row in swept}) == 1 < len({row.delta for row in swept})
+    )
+    x, other = ("delta", "num_draft") if by_delta else ("num_draft", "delta")
+    if by_delta:
+        axes.set_xlabel(f"delta, at {swept[0].num_draft} draft tokens per round")
+    else:
+        axes.set_xlabel("draft tokens per round")
+    lines: dict[tuple, list[Row]] = {}
+    for row in swept:
+        lines.setdefault((row.temperature, getattr(row, other)), []).append(row)
+    quality = None
+    for number, ((temperature, value), its) in enumerate(lines.items()):
+        name = f"temperature {temperature:g}"
+        if not by_delta and value:
+            name += f", delta {value:g}"
+        places = [getattr(row, x) for row in its]
+        measured = [row.speedup for row in its]
         spread = [
             [row.speedup - row.low for row in its],
             [row.high - row.speedup for row in its],
         ]
-        name = f"temperature {temperature:g}" + (f", delta {delta:g}" if delta else "")
-        color = f"C{number}"
-        axes.errorbar(x, y, spread, color=color, marker="o", capsize=2, label=name)
-        predicted = [(row.num_draft, row.expected) for row in its if row.expected]
-        axes.plot(
-            *zip(*predicted, strict=True),
-            color=color,
-            linestyle="--",
-            label="expected of decoding alone",
-        )
+        style = {"color": f"C{number}", "marker": "o", "capsize": 2}
+        axes.errorbar(places, measured, spread, label=name, **style)
+        if not by_delta:
+            predicted = [(row.num_draft, row.expected) for row in its if row.expected]
+            style = {"color": f"C{number}", "linestyle": "--"}
+            axes.plot(
+                *zip(*predicted, strict=True), label="expected of decoding", **style
+            )
+        elif all(row.bleu is not None for row in its):
+            quality = quality or axes.twinx()
+            quality.set_ylabel("sacreBLEU (dotted)")
+            style = {"color": f"C{number}", "linestyle": ":", "marker": "."}
+            quality.plot(places, [row.bleu for row in its], **style)
     for number, row in enumerate(row for row in rows if row.num_draft is None):
         style = {"color": f"C{number + len(lines)}", "linestyle": ":"}
         axes.axhline(row.speedup, label=row.name, **style)

@@ -362,6 +362,9 @@ class Step:
         return mx.put_along_axis(cache, mx.broadcast_to(self._at, new.shape), new, 2)
 
 
+FIRST_CAPACITY = 64  # positions that a session's caches begin with
+
+
 class T5Session:
     """One T5 and the decoding state of one batch of prompts.
 
@@ -386,6 +389,7 @@ class T5Session:
         self.vocabulary = min(vocabulary or math.inf, model.config.vocab_size)
         self.positions = None  # a relative position bias has no end
         self.lengths: list[int] = []
+        self._bias_of: dict[int, list[mx.array]] = {}  # by capacity
         self._ban: mx.array | None = None
         if banned:
             self._ban = ban(self.vocabulary, banned).astype(model.dtype)
@@ -428,11 +432,15 @@ class T5Session:
 
         self._padding = spread(mask) if ragged else None
         self._caches = []
+        self._capacity = FIRST_CAPACITY
+        empty = None
         for layer in self.model.decoder.layers:
             k, v = map(spread, layer.cross_attention.project_source(source))
-            empty = mx.zeros((*k.shape[:2], 0, k.shape[3]), k.dtype)
+            if empty is None:
+                # One for all: the first write to it makes a copy.
+                shape = (*k.shape[:2], self._capacity, k.shape[3])
+                empty = mx.zeros(shape, k.dtype)
             self._caches.append(LayerCache(empty, empty, k, v))
-        self._capacity = 0
         self.lengths = [0] * len(prompts)
         mx.eval([vars(cache) for cache in self._caches])
         return [[self.model.config.start_token] for _ in prompts]
@@ -448,7 +456,7 @@ class T5Session:
         rows = np.array(self.lengths, np.int32)[:, None] + np.arange(
             new, dtype=np.int32
         )
-        step = Step(rows, self._biases, self._padding)
+        step = Step(rows, self._biases(), self._padding)
         logits = self.model.decode(tokens, self._caches, step)
         self.lengths = [length + new for length in self.lengths]
         logits = logits[..., : self.vocabulary]
@@ -470,17 +478,25 @@ class T5Session:
         """Make room for ``length`` positions, zeroed: masked NaN would still spread."""
         if length <= self._capacity:
             return
-        capacity = max(64, 1 << (length - 1).bit_length())
+        capacity = 1 << (length - 1).bit_length()
         widths = [(0, 0), (0, 0), (0, capacity - self._capacity), (0, 0)]
         for cache in self._caches:
             cache.keys = mx.pad(cache.keys, widths)
             cache.values = mx.pad(cache.values, widths)
         self._capacity = capacity
-        # Column d is the bias of the key d positions back; the last one means "not to
-        # be seen".
-        biases = self.model.decoder.biases(-np.arange(capacity))
-        unseen = mx.full((biases[0].shape[0], 1), -math.inf, biases[0].dtype)
-        self._biases = [mx.concatenate([bias, unseen], axis=1) for bias in biases]
+
+    def _biases(self) -> list[mx.array]:
+        """The decoder's position bias (H, C + 1), for each layer or one for all.
+
+        Column d is for the key d positions back; the last one means "not to be seen".
+        """
+        if self._capacity not in self._bias_of:
+            biases = self.model.decoder.biases(-np.arange(self._capacity))
+            unseen = mx.full((biases[0].shape[0], 1), -math.inf, biases[0].dtype)
+            biases = [mx.concatenate([bias, unseen], axis=1) for bias in biases]
+            mx.eval(biases)  # used by every pass, of every prompt
+            self._bias_of[self._capacity] = biases
+        return self._bias_of[self._capacity]
 
 
 def load(folder: Path) -> T5:

@@ -1,6 +1,6 @@
 """The law of sampled text, measured against the target's exact law.
 
-    python tests/law.py [--samples 50000]
+    python tests/law.py [--samples 50000] [--draft model]
 
 prints a chi-square test for every way of sampling and drafting. The pairs are tiny T5s
 with a vocabulary of 8, so that the probability of every first three tokens can be
@@ -256,7 +256,9 @@ WAYS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--samples", type=int, default=50_000)
-    samples = parser.parse_args().samples
+    parser.add_argument("--draft", choices=("model", "point mass"), help="only this")
+    args = parser.parse_args()
+    samples = args.samples
     seeds = count(1)
     lowest = 1.0
     with tempfile.TemporaryDirectory() as folder:
@@ -268,6 +270,8 @@ def main() -> None:
             for num_draft in (1, 3, 5)
         ]
         tests.append(("temperature 1", "model", pair.drafter, 3, samples // 5, 1))
+        if args.draft:
+            tests = [test for test in tests if test[1] == args.draft]
         for way, kind, drafter, num_draft, size, batch in tests:
             sampling = replace(WAYS[way], seed=next(seeds))
             law = exact_law(pair, sampling)

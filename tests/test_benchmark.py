@@ -114,8 +114,10 @@ def test_sampled_and_relaxed_sweep(call, make, tmp_path):
         *("--model", make()[2], "--draft-model", make(noise=0.05)[2]),
         *("--prompts", prompts, "--num-draft", "2", "--max-tokens", 12),
         *("--temperature", "0,1", "--delta", "0,1", "--json", tmp_path / "f.json"),
+        *("--plot", tmp_path / "plot.svg"),
     )
     assert status == 0, err
+    assert "delta, at 2 draft tokens" in (tmp_path / "plot.svg").read_text()
     rows = json.loads((tmp_path / "f.json").read_text())["rows"]
     assert [(r["temperature"], r["num_draft"], r["delta"]) for r in rows] == [
         *((0, 0, 0), (0, 2, 0), (0, 2, 1)),

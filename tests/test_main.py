@@ -360,6 +360,13 @@ def test_convert_command(call, make, tmp_path):
         call("--model", tmp_path / "x", program=convert), "neither a folder nor a model"
     )
     one_line(call(program=convert), "--model")
+    packed = tmp_path / "packed"
+    flags = ["--model", source, "--output", packed, "-q", "--q-group-size", 32]
+    assert call(*flags, "--q-bits", 8, program=convert)[0] == 0
+    assert (packed / WEIGHTS).stat().st_size < (out / WEIGHTS).stat().st_size
+    assert call("--model", packed, "--draft-model", out, "--max-tokens", 3)[0] == 0
+    one_line(call(*flags, "--q-bits", 7, program=convert), "q-bits is 7", "2, 3, 4")
+    one_line(call("--model", source, "--q-bits", 4, program=convert), "go with -q")
     assert call("--model", out, "--draft-model", "none", "--max-tokens", 3)[0] == 0
 
 
