@@ -430,7 +430,7 @@ def plot(rows: list[Row], path: Path, title: str) -> None:
     for number, row in enumerate(row for row in rows if row.num_draft is None):
         style = {"color": f"C{number + len(lines)}", "linestyle": ":"}
         axes.axhline(row.speedup, label=row.name, **style)
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="lower right" if by_delta else "best")
     figure.savefig(path, dpi=150)
 
 

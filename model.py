@@ -362,9 +362,6 @@ class Step:
         return mx.put_along_axis(cache, mx.broadcast_to(self._at, new.shape), new, 2)
 
 
-FIRST_CAPACITY = 64  # positions that a session's caches begin with
-
-
 class T5Session:
     """One T5 and the decoding state of one batch of prompts.
 
@@ -372,6 +369,8 @@ class T5Session:
     length is how many of them count; what lies beyond is masked and later overwritten,
     so a rewind only changes lengths.
     """
+
+    first_capacity = 64  # positions that a batch's caches begin with
 
     def __init__(
         self,
@@ -432,7 +431,7 @@ class T5Session:
 
         self._padding = spread(mask) if ragged else None
         self._caches = []
-        self._capacity = FIRST_CAPACITY
+        self._capacity = self.first_capacity
         empty = None
         for layer in self.model.decoder.layers:
             k, v = map(spread, layer.cross_attention.project_source(source))

@@ -7,17 +7,20 @@ with a vocabulary of 8, so that the probability of every first three tokens can 
 computed: by transformers' model, processors and warpers, not by ours.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import fast_blas  # noqa: F401  (before mlx: see there)
 
 import argparse
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -70,7 +73,9 @@ class TinyPair:
                 oracle.lm_head.weight *= 0.15  # no token is certain
             save_checkpoint(oracle, folder / name / "hf", untied=True)
             convert.convert(folder / name / "hf", folder / name / "mlx")
-            sessions.append(model.T5Session(model.load(folder / name / "mlx")))
+            session = model.T5Session(model.load(folder / name / "mlx"))
+            session.first_capacity = 16  # the texts are short, and there are many
+            sessions.append(session)
             oracles.append(partial(_t5_logits, oracle))
         return cls(sessions[0], ModelDrafter(sessions[1]), *oracles, [0])
 
