@@ -75,7 +75,8 @@ def accept_probability(p: mx.array, q: mx.array, delta: float) -> mx.array:
 
     Args:
         p: the target's probabilities of the draft's tokens, any shape.
-        q: the draft's, likewise; NaN, of a broken draft, is never accepted.
+        q: the draft's, likewise; NaN, of a broken draft, is accepted at ``delta`` 1
+            alone.
     """
     if delta == 1:
         return mx.ones_like(p)

@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 
 from drafting import ModelDrafter
 from errors import InputError
-from model import T5, T5Session
+from model import T5, T5Session, dequantize
 from pair import Pair
 
 
@@ -58,25 +58,29 @@ def transformers_assisted(pair: Pair, max_tokens: int) -> Baseline:
 def to_transformers(model: T5, folder: Path) -> Any:
     """The model that was loaded from ``folder`` as transformers' T5, in float32."""
     import torch
-    from transformers import T5Config as TheirConfig
-    from transformers import T5ForConditionalGeneration
+    from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
     from convert import recipe
 
-    config = TheirConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder)
     tied = "head" not in model
     config.scale_decoder_outputs = model.config.scale_outputs
-    reference = T5ForConditionalGeneration(config)
+    reference = AutoModelForSeq2SeqLM.from_config(config)
     if not tied:
         # transformers 5 ties every T5 that it makes.
         reference.lm_head.weight = torch.nn.Parameter(reference.lm_head.weight.clone())
     state = {}
     parameters = dict(tree_flatten(model.parameters()))
+    for name in [name for name in parameters if name.endswith(".scales")]:
+        path = name.removesuffix(".scales")
+        whole = dequantize(parameters, path, model.config.quantization)
+        parameters[f"{path}.weight"] = whole
     for name, theirs in recipe(model.config, tied).items():
         parts = np.array(parameters[name].astype(mx.float32))
         for part, their_name in zip(np.split(parts, len(theirs)), theirs, strict=True):
             state[their_name] = torch.from_numpy(part)
-    copies = reference.load_state_dict(state, strict=False).missing_keys
+    copies, unknown = reference.load_state_dict(state, strict=False)
+    assert not unknown
     assert all("embed_tokens" in name or name == "lm_head.weight" for name in copies)
     return reference.eval()
 
@@ -192,6 +196,8 @@ def mlx_lm(pair: Pair, max_tokens: int, num_draft: int, temperature: float) -> B
     """
     if isinstance(pair.target, T5Session):
         raise InputError("--baseline mlx-lm is for decoder-only models: T5 is none")
+    if num_draft and not isinstance(pair.drafter, ModelDrafter):
+        raise InputError("--baseline mlx-lm drafts with a model: give a --draft-model")
     from mlx_lm.generate import generate_step, speculative_generate_step
     from mlx_lm.sample_utils import make_sampler
 

@@ -209,9 +209,12 @@ def step_cost(target: Session, drafter: Drafter, ids: list[int], cell: Cell) -> 
     """Time the steps of a round by themselves, alternating, on one prompt's ids."""
     begin = target.start([ids])[0]
     vocabulary, size = target.vocabulary, cell.num_draft
+    if target.positions and len(begin) + COST_PREFIX + size > target.positions:
+        raise InputError(f"the prompt leaves no positions for {size} draft tokens")
     rng = np.random.default_rng(0)
     sequence = [*begin, *rng.integers(0, vocabulary, COST_PREFIX).tolist()]
-    mx.eval(target.extend(mx.array([sequence[:-1]])))
+    # A decoder-only model has its prompt's tokens already, but the last.
+    mx.eval(target.extend(mx.array([sequence[len(begin) - 1 : -1]])))
     known = len(sequence) - 1
     drafter.start([ids])
     choices = Choices(cell.sampling, [begin], vocabulary, num_draft=size)

@@ -13,10 +13,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 
 from checkpoint import CONFIG, GENERATION_CONFIG, read_json
 from errors import InputError
+from model import prepare_memory
 from sampling import ban
 
 HINT = "decoder-only models need mlx-lm: pip install -r requirements-causal.txt"
@@ -31,8 +32,8 @@ def load(folder: Path) -> nn.Module:
     On a CPU the weights become float32, quantized ones too.
 
     Raises:
-        InputError: mlx-lm is missing or does not have this architecture, or the files
-            are damaged.
+        InputError: mlx-lm is missing or does not have this architecture, the files are
+            damaged, or the weights do not fit the memory.
     """
     try:
         from mlx_lm.utils import _get_classes, dequantize_model, load_model
@@ -51,7 +52,7 @@ def load(folder: Path) -> nn.Module:
     try:
         model, _ = load_model(
             folder,
-            lazy=on_cpu,
+            lazy=True,
             model_config=_rope(read_json(folder / CONFIG)),
             get_model_classes=classes,
         )
@@ -60,7 +61,9 @@ def load(folder: Path) -> nn.Module:
     if on_cpu:
         model = dequantize_model(model)
         model.update(tree_map(_widen, model.parameters()))
-        mx.eval(model.parameters())
+    weights = tree_flatten(model.parameters())
+    prepare_memory(sum(weight.nbytes for _, weight in weights), folder)
+    mx.eval(model.parameters())
     model.eval()
     return model
 
@@ -240,7 +243,9 @@ class CausalSession:
             if isinstance(cache, RowCache):
                 cache.rewind(lengths)
             else:
-                cache.trim(self.lengths[0] - lengths[0])
+                # To a place, not by a count: a pass that Ctrl-C cut short may have
+                # reached some layers and not others.
+                cache.trim(cache.offset - lengths[0])
         self.lengths = list(lengths)
 
     def _reuse(self, prompt: list[int]) -> int:

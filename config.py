@@ -112,10 +112,13 @@ class T5Config:
                 activation = "gelu_new"  # transformers' reading of T5 1.1's configs
             if activation not in ACTIVATIONS or gated not in ([], ["gated"]):
                 raise InputError(f"feed_forward_proj '{feed_forward}' is not supported")
-            start = generation.get(
-                "decoder_start_token_id", config.get("decoder_start_token_id")
-            )
-            eos = generation.get("eos_token_id", config.get("eos_token_id", 1))
+
+            def either(name: str, default: int) -> Any:
+                found = (generation.get(name), config.get(name), default)
+                return next(value for value in found if value is not None)
+
+            start = either("decoder_start_token_id", config.get("pad_token_id") or 0)
+            eos = either("eos_token_id", 1)
             result = cls(
                 vocab_size=int(config["vocab_size"]),
                 d_model=int(config["d_model"]),
@@ -133,15 +136,13 @@ class T5Config:
                 gated=bool(gated),
                 shared_bias=kind != "umt5",
                 scale_outputs=_scales_outputs(config),
-                start_token=int(
-                    config.get("pad_token_id", 0) if start is None else start
-                ),
+                start_token=int(start),
                 eos_tokens=frozenset(map(int, eos if isinstance(eos, list) else [eos])),
                 quantization=_quantization(config),
             )
         except KeyError as error:
             raise InputError(f"the config has no {error.args[0]}") from None
-        except (TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
             raise InputError(f"the config has an odd value: {error}") from None
         result._check()
         return result
@@ -197,5 +198,5 @@ def _quantization(config: Mapping[str, Any]) -> Quantization | None:
     noted = config.get("quantization")
     if not noted:
         return None
-    values = noted.get("mode", "affine"), noted["bits"], noted["group_size"]
-    return Quantization.choose(*values)
+    mode = noted.get("mode", "affine")
+    return Quantization.choose(mode, int(noted["bits"]), int(noted["group_size"]))

@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any, NamedTuple, NoReturn
 
 import mlx.core as mx
@@ -86,7 +87,8 @@ class Stats:
             drafted=sum(row.drafted for row in rows),
             tested=sum(row.tested for row in rows),
             accepted=sum(row.accepted for row in rows),
-            accept_histogram=list(map(sum, zip(*histograms, strict=True))),
+            # A row that was never begun has none.
+            accept_histogram=list(map(sum, zip_longest(*histograms, fillvalue=0))),
             encode_seconds=max(row.encode_seconds for row in rows),
             decode_seconds=max(row.decode_seconds for row in rows),
             peak_memory_bytes=max(row.peak_memory_bytes for row in rows),
@@ -166,7 +168,8 @@ def generate(
         sampling: how tokens are chosen, by both models.
         streams: what tells the rows' random numbers apart, beside the seed: a few
             integers each; by default the row's number. A row's text depends on them,
-            not on the rows beside it.
+            not on the rows beside it, but where one of those reaches the model's last
+            position: then the others have no draft, and other numbers.
 
     Raises:
         InputError: an option out of range, a prompt that cannot be encoded, or logits
@@ -308,8 +311,11 @@ def launch(
     last = chooser.last
     draft = draft or Draft(mx.zeros((last.shape[0], 0), mx.int32))
     block = mx.concatenate([last[:, None], draft.tokens], axis=1)
-    # No device checks an embedding's bounds. An id cut here is rejected later.
-    fed = mx.clip(block, 0, target.vocabulary - 1) if block.shape[1] > 1 else block
+    fed = block
+    if draft.tokens.shape[1]:
+        # No device checks an embedding's bounds. An id cut here is rejected later.
+        inside = mx.clip(draft.tokens, 0, target.vocabulary - 1)
+        fed = mx.concatenate([last[:, None], inside], axis=1)
     logits = target.extend(fed)
     verdict = _judge(chooser, chooser.process(logits, block), draft, delta)
     verdict_columns = (verdict.accepted, verdict.finite, verdict.next_token)

@@ -85,7 +85,7 @@ def converse(
                 except KeyboardInterrupt:
                     say("stopped")
                 last = current
-                if chat and current[0].text:  # the first of several goes on
+                if chat and current[0].text.strip():  # the first of several goes on
                     messages.append({"role": "user", "content": prefix + line})
                     said = current[0].text
                     messages.append({"role": "assistant", "content": said})

@@ -185,9 +185,10 @@ def draw(probs: mx.array, uniform: mx.array) -> mx.array:
     Returns:
         (...) int32, never a token of probability 0.
     """
-    cumulative = mx.cumsum(probs, axis=-1)
+    # A scan in parallel may round a sum up where nothing was added.
+    cumulative = mx.where(probs > 0, mx.cumsum(probs, axis=-1), 0)
     # In (0, total], so that the first place that reaches it has a probability.
-    reach = cumulative[..., -1:] * (1 - uniform[..., None])
+    reach = cumulative.max(axis=-1, keepdims=True) * (1 - uniform[..., None])
     return mx.argmax(cumulative >= reach, axis=-1).astype(mx.int32)
 
 

@@ -7,14 +7,13 @@ else another. So a round costs what it would cost, and accepts what it is told t
 
 import fast_blas  # noqa: F401  (before mlx: see there)
 
-import json
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
-from checkpoint import CONFIG
+from checkpoint import CONFIG, read_json
 from config import T5Config
 from decoder import Stats, generate
 from drafting import Draft, ModelDrafter
@@ -67,13 +66,11 @@ def named_config(name: str) -> T5Config:
     path = Path(name)
     if path.is_dir():
         path = path / CONFIG
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+    if not path.is_file():
         raise InputError(
             f"{name} is neither a config.json nor one of {', '.join(SIZES)}"
-        ) from None
-    return T5Config.from_dict(config, {})
+        )
+    return T5Config.from_dict(read_json(path), {})
 
 
 class SimulatedPair:
@@ -110,7 +107,7 @@ class SimulatedPair:
     def prompt(self, number: int) -> list[int]:
         """The ids of a prompt."""
         rng = np.random.default_rng(number)
-        return rng.integers(3, self.target.vocabulary, PROMPT_TOKENS).tolist()
+        return rng.integers(0, self.target.vocabulary, PROMPT_TOKENS).tolist()
 
     def prepare(self, number: int) -> None:
         """Find out what the target writes for a prompt; the draft has to know."""

@@ -69,7 +69,9 @@ def test_whole_run(call, make, tmp_path):
         assert min(row["c"], row["v"], row["expected"]) > 0
 
 
-@pytest.mark.parametrize("fields", [{}, {"num_decoder_layers": 3}, {"untied": True}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"num_decoder_layers": 3}, {"untied": True}, {"kind": "umt5"}]
+)
 def test_their_model_is_ours(make, fields):
     """The weights go back to transformers as they came, in float32."""
     fields = dict(fields)

@@ -237,6 +237,20 @@ def test_prefix_stays_cached(saved):
     assert decode(target, good, [other], max_tokens=20)[0] == [expected]
 
 
+def test_a_pass_that_was_cut_short_leaves_no_trace(saved):
+    """Ctrl-C when some layers have their keys already and others do not."""
+    oracle, folder = saved("llama")
+    target = session(folder)
+    expected = generated(oracle, PROMPTS[0], 20)
+    assert decode(target, None, PROMPTS[:1], max_tokens=20)[0] == [expected]
+    inner = target.model.model.layers[1].mlp
+    target.model.model.layers[1].mlp = None
+    with pytest.raises(TypeError):
+        target.extend(mx.array([[3]]))
+    target.model.model.layers[1].mlp = inner
+    assert decode(target, None, PROMPTS[:1], max_tokens=20)[0] == [expected]
+
+
 @pytest.mark.parametrize("num_draft", [0, 1, 5])
 def test_positions_end(saved, num_draft):
     """A text ends before a position that the model does not have would be read."""

@@ -270,6 +270,17 @@ def test_delta_raises_acceptance(target, drafters):
     assert alphas[0] < alphas[1] < alphas[2] < alphas[3] == 1
 
 
+def test_start_token_that_is_not_emitted(tiny, drafters):
+    """Among an embedding's padding, say: it is fed all the same, as it is."""
+    session = Checked(tiny[1], vocabulary=80)
+    session.start = lambda prompts: [
+        [90] for _ in type(session).start(session, prompts)
+    ]
+    plain = decode(session, None)[0]
+    good = Scripted(lambda sequence, n: [5] * n)
+    assert decode(session, good)[0] == plain
+
+
 def test_closing_early_leaves_a_session_that_works(target, plain, drafters):
     """Ctrl-C between rounds, then another prompt on the same models."""
     for drafter in (drafters["good"], None):

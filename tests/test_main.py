@@ -19,6 +19,7 @@ import convert
 import errors
 import main
 from checkpoint import WEIGHTS
+from decoder import Stats
 from errors import InputError
 from pair import Pair
 from sampling import Sampling
@@ -363,7 +364,8 @@ def test_convert_command(call, make, tmp_path):
     packed = tmp_path / "packed"
     flags = ["--model", source, "--output", packed, "-q", "--q-group-size", 32]
     assert call(*flags, "--q-bits", 8, program=convert)[0] == 0
-    assert (packed / WEIGHTS).stat().st_size < (out / WEIGHTS).stat().st_size
+    noted = json.loads((packed / "config.json").read_text())["quantization"]
+    assert noted == {"mode": "affine", "bits": 8, "group_size": 32}
     assert call("--model", packed, "--draft-model", out, "--max-tokens", 3)[0] == 0
     one_line(call(*flags, "--q-bits", 7, program=convert), "q-bits is 7", "2, 3, 4")
     one_line(call("--model", source, "--q-bits", 4, program=convert), "go with -q")
@@ -434,6 +436,12 @@ def test_one_generation_at_a_time(pair):
     with pytest.raises(RuntimeError, match="another generation"):
         first.finish()
     assert second.finish().text == both.generate(PROMPT).finish().text
+
+
+def test_figures_of_samples_that_were_not_begun():
+    """As after Ctrl-C in the first of several."""
+    begun = Stats(new_tokens=3, rounds=2, accept_histogram=[1, 1])
+    assert Stats.of_batch([begun, Stats()]).accept_histogram == [1, 1]
 
 
 def test_samples_in_any_order(pair):
