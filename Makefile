@@ -1,4 +1,4 @@
-# make run    set up, and answer some prompts with the default models
+# make run    set up, and translate with the default models, the bundled pair at first
 #             (ARGS="--prompt ..." runs main.py with these flags instead)
 # make test   set up, and run the tests (ARGS="-k ..." goes to pytest)
 # make bench  set up, and measure the default models (ARGS goes to benchmark.py)

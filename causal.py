@@ -16,8 +16,9 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
 from checkpoint import CONFIG, GENERATION_CONFIG, read_json
+from config import find_size
 from errors import InputError
-from model import prepare_memory
+from model import check_prompts, check_rewind, prepare_memory
 from sampling import ban
 
 HINT = "decoder-only models need mlx-lm: pip install -r requirements-causal.txt"
@@ -126,11 +127,7 @@ def eos_tokens(folder: Path) -> frozenset[int]:
 def positions(folder: Path) -> int | None:
     """How many positions the model was trained with; None where that is not said."""
     config = read_json(folder / CONFIG)
-    for values in (config, config.get("text_config") or {}):
-        for name in ("n_positions", "max_position_embeddings"):
-            if isinstance(values.get(name), int):
-                return values[name]
-    return None
+    return find_size(config, "n_positions", "max_position_embeddings")
 
 
 class CausalSession:
@@ -186,14 +183,8 @@ class CausalSession:
         Raises:
             InputError: an empty prompt, or one that leaves no position to write to.
         """
+        check_prompts(prompts, self.vocabulary)
         for prompt in prompts:
-            if not prompt:
-                raise InputError("the prompt is empty")
-            if max(prompt) >= self.vocabulary or min(prompt) < 0:
-                raise InputError(
-                    f"the prompt has the token id {max(prompt)}, but the model has "
-                    f"{self.vocabulary}"
-                )
             if self.positions and len(prompt) >= self.positions:
                 raise InputError(
                     f"the prompt has {len(prompt)} tokens, but the model has positions "
@@ -235,10 +226,7 @@ class CausalSession:
         Raises:
             ValueError: a length beyond what is cached.
         """
-        if len(lengths) != len(self.lengths) or not all(
-            0 <= new <= old for new, old in zip(lengths, self.lengths, strict=False)
-        ):
-            raise ValueError(f"cannot rewind from {self.lengths} to {lengths}")
+        check_rewind(self.lengths, lengths)
         for cache in self._caches:
             if isinstance(cache, RowCache):
                 cache.rewind(lengths)

@@ -177,10 +177,6 @@ class MappedWeights:
         """The dtypes that occur."""
         return {_MLX_DTYPES[stored.view.dtype] for stored in self._stored.values()}
 
-    def parameters(self) -> int:
-        """How many numbers there are."""
-        return sum(stored.view.size for stored in self._stored.values())
-
     def bytes(self) -> int:
         """How many bytes the tensors take, as stored."""
         return sum(stored.view.nbytes for stored in self._stored.values())

@@ -31,6 +31,11 @@ MODES = {
 }
 
 
+#: The tensors of a quantized matrix, where a whole one has its weight; the modes for
+#: floating-point numbers have no biases.
+QUANTIZED = ("weight", "scales", "biases")
+
+
 @dataclass(frozen=True)
 class Quantization:
     """How the matrices are stored: integers with a scale per group of columns."""
@@ -174,6 +179,15 @@ class T5Config:
                 f"no relative position bias has {self.num_buckets} buckets for "
                 f"distances up to {self.max_distance}"
             )
+
+
+def find_size(config: Mapping[str, Any], *names: str) -> int | None:
+    """The first of these fields that a config has, or its part about the text model."""
+    for values in (config, config.get("text_config") or {}):
+        for name in names:
+            if isinstance(values.get(name), int):
+                return values[name]
+    return None
 
 
 def _scales_outputs(config: Mapping[str, Any]) -> bool:

@@ -28,9 +28,6 @@ from sources import Tensor, fetch, open_checkpoint
 if TYPE_CHECKING:
     from config import Quantization
 
-#: The members of a quantized matrix, where a whole one has its weight.
-QUANTIZED = ("weight", "scales", "biases")
-
 #: Above this, ``--dtype auto`` stores float32 checkpoints as bfloat16.
 BILLION = 1_000_000_000
 
@@ -300,6 +297,7 @@ def _write_weights(
     import mlx.core as mx
 
     from checkpoint import WeightsWriter
+    from config import QUANTIZED
 
     total = sum(part.bits.nbytes for parts in steps.values() for part in parts)
     with (
@@ -343,9 +341,7 @@ def _quantized(blocks: Iterator[Any], how: "Quantization") -> list[Any]:
 
     packed = []
     for block in blocks:
-        packed.append(
-            mx.quantize(block, group_size=how.group_size, bits=how.bits, mode=how.mode)
-        )
+        packed.append(mx.quantize(block, **asdict(how)))
         mx.eval(packed[-1])
     return [mx.concatenate(part) for part in zip(*packed, strict=True)]
 
@@ -431,7 +427,7 @@ def list_models(models: Path) -> Iterator[str]:
     """A line for each converted model in ``models``: name, parameters, size, dtypes."""
     from checkpoint import WEIGHTS, MappedWeights
     from config import T5Config
-    from model import T5, parameter_shapes
+    from model import T5, parameter_count
 
     for path in sorted(models.glob(f"*/{WEIGHTS}")):
         try:
@@ -441,7 +437,7 @@ def list_models(models: Path) -> Iterator[str]:
             yield f"{path.parent.name}: {error}"
             continue
         model = T5(config, tied="head.weight" not in weights)
-        parameters = sum(map(math.prod, parameter_shapes(model).values()))
+        parameters = parameter_count(model)
         dtypes = [str(dtype).rpartition(".")[2] for dtype in weights.dtypes()]
         kind = str(config.quantization or ", ".join(sorted(dtypes)))
         yield (

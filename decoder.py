@@ -310,12 +310,12 @@ def launch(
     """Build a round's graph: run the target over last token and draft, and judge."""
     last = chooser.last
     draft = draft or Draft(mx.zeros((last.shape[0], 0), mx.int32))
-    block = mx.concatenate([last[:, None], draft.tokens], axis=1)
-    fed = block
+    block = fed = last[:, None]
     if draft.tokens.shape[1]:
         # No device checks an embedding's bounds. An id cut here is rejected later.
         inside = mx.clip(draft.tokens, 0, target.vocabulary - 1)
-        fed = mx.concatenate([last[:, None], inside], axis=1)
+        fed = mx.concatenate([fed, inside], axis=1)
+        block = mx.concatenate([block, draft.tokens], axis=1)
     logits = target.extend(fed)
     verdict = _judge(chooser, chooser.process(logits, block), draft, delta)
     verdict_columns = (verdict.accepted, verdict.finite, verdict.next_token)

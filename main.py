@@ -225,7 +225,8 @@ def _load_with_default_draft(model: str) -> "Pair":
 
     draft = MODELS / DEFAULT_DRAFT
     why = "no draft model"
-    if (draft / WEIGHTS).is_file() and find(model).resolve() != draft.resolve():
+    model = str(find(model))  # once: it may ask the hub
+    if (draft / WEIGHTS).is_file() and Path(model).resolve() != draft.resolve():
         try:
             pair = Pair.load(model, str(draft))
         except DifferentTokenizersError:

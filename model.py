@@ -15,7 +15,7 @@ import fast_blas  # noqa: F401  (before mlx: see there)
 import math
 import os
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import cycle
 from pathlib import Path
 
@@ -25,7 +25,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from checkpoint import WEIGHTS, MappedWeights
-from config import Quantization, T5Config
+from config import QUANTIZED, Quantization, T5Config
 from errors import InputError
 from sampling import ban
 
@@ -404,15 +404,7 @@ class T5Session:
         Raises:
             InputError: an empty prompt, or an id that the embedding has no row for.
         """
-        rows = self.model.config.vocab_size
-        for prompt in prompts:
-            if not prompt:
-                raise InputError("the prompt is empty")
-            if max(prompt) >= rows or min(prompt) < 0:
-                raise InputError(
-                    f"the prompt has the token id {max(prompt)}, but the model's "
-                    f"embedding has {rows} rows: it was not trained with that token"
-                )
+        check_prompts(prompts, self.model.config.vocab_size)
         once: dict[tuple[int, ...], int] = {}
         copy_of = [once.setdefault(tuple(prompt), len(once)) for prompt in prompts]
         longest = max(map(len, once))
@@ -467,10 +459,7 @@ class T5Session:
         Raises:
             ValueError: a length beyond what is cached.
         """
-        if len(lengths) != len(self.lengths) or not all(
-            0 <= new <= old for new, old in zip(lengths, self.lengths, strict=False)
-        ):
-            raise ValueError(f"cannot rewind from {self.lengths} to {lengths}")
+        check_rewind(self.lengths, lengths)
         self.lengths = list(lengths)
 
     def _reserve(self, length: int) -> None:
@@ -498,6 +487,27 @@ class T5Session:
         return self._bias_of[self._capacity]
 
 
+def check_prompts(prompts: list[list[int]], rows: int) -> None:
+    """Raise an InputError for an empty prompt, or for one with an id that the
+    embedding, of ``rows`` rows, does not have: the device would read beyond it."""
+    for prompt in prompts:
+        if not prompt:
+            raise InputError("the prompt is empty")
+        if max(prompt) >= rows or min(prompt) < 0:
+            raise InputError(
+                f"the prompt has the token id {max(prompt)}, but the model's "
+                f"embedding has {rows} rows: it was not trained with that token"
+            )
+
+
+def check_rewind(cached: list[int], lengths: list[int]) -> None:
+    """Raise a ValueError for rows that have not ``lengths[b]`` cached positions."""
+    if len(lengths) != len(cached) or not all(
+        0 <= new <= old for new, old in zip(lengths, cached, strict=False)
+    ):
+        raise ValueError(f"cannot rewind from {cached} to {lengths}")
+
+
 def load(folder: Path) -> T5:
     """Load a converted model.
 
@@ -511,14 +521,14 @@ def load(folder: Path) -> T5:
     stored = MappedWeights(folder / WEIGHTS)
     model = T5(config, tied="head.weight" not in stored)
     quantized = [path for path in linear_paths(model) if f"{path}.scales" in stored]
-    whole = parameter_shapes(model)
+    parameters = parameter_count(model)
     if quantized:
         quantize(model, config.quantization, quantized)
     on_cpu = mx.default_device() == mx.cpu
     if on_cpu:
         # MLX would have g++ compile each fused kernel, for seconds, and gain little.
         mx.disable_compile()
-        size = 4 * sum(map(math.prod, whole.values()))
+        size = 4 * parameters
     else:
         size = stored.bytes()
     prepare_memory(size, folder)
@@ -554,23 +564,13 @@ def quantize(model: T5, how: Quantization | None, paths: Collection[str]) -> Non
             "the weights are quantized, but the config does not say how: convert the "
             "model again"
         )
-    nn.quantize(
-        model,
-        how.group_size,
-        how.bits,
-        mode=how.mode,
-        class_predicate=lambda path, _: path in paths,
-    )
+    nn.quantize(model, class_predicate=lambda path, _: path in paths, **asdict(how))
 
 
 def dequantize(weights: dict[str, mx.array], path: str, how: Quantization) -> mx.array:
     """Take a quantized matrix out of ``weights``, as float32."""
-    packed = [
-        weights.pop(f"{path}.{part}", None) for part in ("weight", "scales", "biases")
-    ]
-    whole = mx.dequantize(
-        *packed, group_size=how.group_size, bits=how.bits, mode=how.mode
-    ).astype(mx.float32)
+    packed = [weights.pop(f"{path}.{part}", None) for part in QUANTIZED]
+    whole = mx.dequantize(*packed, **asdict(how)).astype(mx.float32)
     mx.eval(whole)  # one at a time
     return whole
 
@@ -603,3 +603,8 @@ def prepare_memory(size: int, folder: Path) -> None:
 def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """The name and shape of every parameter."""
     return {name: value.shape for name, value in tree_flatten(model.parameters())}
+
+
+def parameter_count(model: nn.Module) -> int:
+    """How many numbers the parameters are; packed ones count as they are packed."""
+    return sum(map(math.prod, parameter_shapes(model).values()))

@@ -18,14 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx.utils import tree_flatten
-
 from checkpoint import CONFIG, locate, read_json
-from config import FAMILY, T5Config
+from config import FAMILY, T5Config, find_size
 from decoder import DELTA, MAX_TOKENS, NUM_DRAFT, Commit, Stats, generate
 from drafting import Drafter, LookupDrafter, ModelDrafter, Session
 from errors import InputError
-from model import T5Session, load
+from model import T5Session, load, parameter_count
 from sampling import GREEDY, Sampling
 from sources import fetch_causal
 from text import TextStream, Tokenizer
@@ -165,8 +163,7 @@ class Pair:
                 )
             drafter = ModelDrafter(_session(draft_folder, tokenizer, vocabulary))
         target = _session(folder, tokenizer, vocabulary)
-        weights = tree_flatten(target.model.parameters())
-        fast_blas.fit_threads(sum(weight.size for _, weight in weights))
+        fast_blas.fit_threads(parameter_count(target.model))
         pair = cls(target, tokenizer, _eos_tokens(folder), drafter)
         pair.folder, pair.draft_folder = folder, draft_folder
         return pair
@@ -287,11 +284,10 @@ def embedding_rows(folder: Path) -> int:
     Raises:
         InputError: its config does not say.
     """
-    config = read_json(folder / CONFIG)
-    for values in (config, config.get("text_config") or {}):
-        if isinstance(values.get("vocab_size"), int):
-            return values["vocab_size"]
-    raise InputError(f"{folder / CONFIG} has no vocab_size")
+    rows = find_size(read_json(folder / CONFIG), "vocab_size")
+    if rows is None:
+        raise InputError(f"{folder / CONFIG} has no vocab_size")
+    return rows
 
 
 def _session(folder: Path, tokenizer: Tokenizer, vocabulary: int) -> Session:

@@ -264,9 +264,9 @@ class SuppressTokens:
 
 def ban(vocabulary: int, tokens: Collection[int]) -> mx.array:
     """(V,) zeros with -inf at ``tokens``."""
-    ban = np.zeros(vocabulary, np.float32)
-    ban[list(tokens)] = -np.inf
-    return mx.array(ban)
+    logits = np.zeros(vocabulary, np.float32)
+    logits[list(tokens)] = -np.inf
+    return mx.array(logits)
 
 
 def _mark(where: mx.array, tokens: mx.array, shape: tuple[int, ...]) -> mx.array:

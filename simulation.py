@@ -11,14 +11,14 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 
 from checkpoint import CONFIG, read_json
 from config import T5Config
 from decoder import Stats, generate
 from drafting import Draft, ModelDrafter
 from errors import InputError
-from model import T5, T5Session, parameter_shapes, prepare_memory
+from model import T5, T5Session, parameter_count, prepare_memory
 from sampling import Chooser
 
 PROMPT_TOKENS = 32
@@ -190,8 +190,7 @@ def random_model(config: T5Config, name: str) -> T5:
         mx.disable_compile()  # as for a real model, see model.load
     dtype = mx.float32 if on_cpu else mx.bfloat16
     model = T5(config, tied=config.scale_outputs)
-    size = sum(int(np.prod(shape)) for shape in parameter_shapes(model).values())
-    prepare_memory(size * dtype.size, Path(name))
+    prepare_memory(parameter_count(model) * dtype.size, Path(name))
     mx.random.seed(0)
 
     def fill(weight: mx.array) -> mx.array:
@@ -202,5 +201,5 @@ def random_model(config: T5Config, name: str) -> T5:
         return value
 
     model.update(tree_map(fill, model.parameters()))
-    mx.eval([value for _, value in tree_flatten(model.parameters())])
+    mx.eval(model.parameters())
     return model

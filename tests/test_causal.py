@@ -38,6 +38,19 @@ POSITIONS = 300
 ENDS = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
 COMMON = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
 COMMON |= {"max_position_embeddings": POSITIONS, "tie_word_embeddings": False}
+
+
+def rotary(config_class):
+    """A config of a model with rotary embeddings: (layers, size, positions) -> it."""
+    return lambda layers, size, positions: config_class(
+        vocab_size=size,
+        num_hidden_layers=layers,
+        num_key_value_heads=2,
+        **COMMON,
+        **ENDS,
+    )
+
+
 ARCHITECTURES = {
     "gpt2": (
         GPT2LMHeadModel,
@@ -51,26 +64,8 @@ ARCHITECTURES = {
             **ENDS,
         ),
     ),
-    "llama": (
-        LlamaForCausalLM,
-        lambda layers, size, positions: LlamaConfig(
-            vocab_size=size,
-            num_hidden_layers=layers,
-            num_key_value_heads=2,
-            **COMMON,
-            **ENDS,
-        ),
-    ),
-    "qwen2": (
-        Qwen2ForCausalLM,
-        lambda layers, size, positions: Qwen2Config(
-            vocab_size=size,
-            num_hidden_layers=layers,
-            num_key_value_heads=2,
-            **COMMON,
-            **ENDS,
-        ),
-    ),
+    "llama": (LlamaForCausalLM, rotary(LlamaConfig)),
+    "qwen2": (Qwen2ForCausalLM, rotary(Qwen2Config)),
 }
 
 

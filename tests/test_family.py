@@ -129,8 +129,9 @@ FAMILY = {
 }
 
 
-def publish(member: Member, folder: Path, noise: float = 0.0):
-    """Write a checkpoint as the hub has it; the oracle, with the same weights."""
+def publish(member: Member, folder: Path, noise: float = 0.0, change=None):
+    """Write a checkpoint as the hub has it; the oracle, with the same weights, to which
+    ``change`` may do something first."""
     folder.mkdir(parents=True)
     size = member.tokenizer(folder)
     # Rows of padding beyond the tokenizer's ids, as published; transformers would emit
@@ -139,6 +140,9 @@ def publish(member: Member, folder: Path, noise: float = 0.0):
     oracle = tiny_torch(
         11, untied=member.untied, noise=noise, kind=member.kind, **fields
     )
+    if change:
+        with torch.no_grad():
+            change(oracle)
     stored = {
         name: tensor.contiguous()
         for name, tensor in oracle.state_dict().items()
@@ -389,12 +393,11 @@ def test_quantizations_that_do_not_exist(mode, bits, size):
         Quantization.choose(mode, bits, size)
 
 
-def overflowing(folder: Path, where: str) -> Pair:
-    """A float16 conversion of a model that leaves float16's range in one place."""
-    folder.mkdir()
-    fields = {"vocab_size": sentencepiece_files(folder), **GATED}
-    oracle = tiny_torch(11, untied=True, **fields)
-    with torch.no_grad():
+def overflowing(folder: Path, where: str) -> Path:
+    """A folder with a float16 and a float32 conversion of a model that leaves float16's
+    range in one place."""
+
+    def enlarge(oracle) -> None:
         for stack in (oracle.encoder, oracle.decoder):
             for block in stack.block:
                 dense = block.layer[-1].DenseReluDense
@@ -402,16 +405,8 @@ def overflowing(folder: Path, where: str) -> Pair:
                     dense.wo.weight *= 3000
                 else:
                     dense.wi_1.weight *= 8000
-    stored = oracle.state_dict()
-    save_file(
-        {k: v.contiguous() for k, v in stored.items() if "embed_tokens" not in k},
-        folder / "model.safetensors",
-        metadata={"format": "pt"},
-    )
-    values = oracle.config.to_dict() | {"tie_word_embeddings": False}
-    for name in NEW_FIELDS:
-        values.pop(name, None)
-    (folder / "config.json").write_text(json.dumps(values))
+
+    publish(Member(fields=GATED), folder, change=enlarge)
     for dtype in ("float16", "float32"):
         convert.convert(folder, folder / dtype, dtype)
     return folder
@@ -454,11 +449,11 @@ def test_float16_beyond_its_range_elsewhere(tmp_path, monkeypatch):
 
 def test_weights_beyond_float16(tmp_path):
     folder = tmp_path / "hf"
-    oracle, _ = publish(Member(), folder)
-    stored = {k: v.clone() for k, v in oracle.state_dict().items()}
-    stored = {k: v for k, v in stored.items() if "embed_tokens" not in k}
-    stored["lm_head.weight"][3, 3] = 1e6
-    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+
+    def enlarge(oracle) -> None:
+        oracle.lm_head.weight[3, 3] = 1e6
+
+    publish(Member(), folder, change=enlarge)
     with pytest.raises(InputError, match=r"lm_head\.weight has numbers beyond float16"):
         convert.convert(folder, tmp_path / "mlx", "float16")
     assert not (tmp_path / "mlx").exists()
