@@ -16,8 +16,9 @@ from mlx.utils import tree_flatten
 
 from drafting import ModelDrafter
 from errors import InputError
-from model import T5, T5Session, dequantize
+from model import T5, T5Session, dequantize, load
 from pair import Pair
+from slim import is_slim
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ def to_transformers(model: T5, folder: Path) -> Any:
 
     from convert import recipe
 
+    if is_slim(model):
+        model = load(folder)
     config = AutoConfig.from_pretrained(folder)
     tied = "head" not in model
     config.scale_decoder_outputs = model.config.scale_outputs
@@ -95,14 +98,14 @@ def _transformers(pair: Pair, max_tokens: int, assisted: bool) -> Baseline:
         ) from None
     logging.set_verbosity_error()
 
+    target, draft = _t5(pair), _draft(pair) if assisted else None
     device = torch.device("cpu")
     if mx.default_device() == mx.gpu:
         if torch.cuda.is_available():
             device = torch.device("cuda")
         elif torch.backends.mps.is_available():
             device = torch.device("mps")
-    model = _t5(pair)
-    reference = _generating(model, pair.folder).to(device)
+    reference = _generating(target, pair.folder).to(device)
     # transformers would emit rows that no token stands for.
     size = pair.target.vocabulary
     banned = [*pair.tokenizer.gaps(size), *range(size, reference.config.vocab_size)]
@@ -111,12 +114,12 @@ def _transformers(pair: Pair, max_tokens: int, assisted: bool) -> Baseline:
         "do_sample": False,
         "num_beams": 1,
         "suppress_tokens": banned or None,
-        "eos_token_id": sorted(model.config.eos_tokens),
-        "decoder_start_token_id": model.config.start_token,
+        "eos_token_id": sorted(target.config.eos_tokens),
+        "decoder_start_token_id": target.config.start_token,
     }
     name = f"transformers, {device.type}"
     if assisted:
-        assistant = _generating(_draft(pair), pair.draft_folder).to(device)
+        assistant = _generating(draft, pair.draft_folder).to(device)
         options["assistant_model"] = assistant
         name = f"transformers assisted, {device.type}"
 

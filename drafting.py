@@ -105,7 +105,7 @@ class ModelDrafter:
         probs: list[mx.array | None] = []
         while True:
             token, q = chooser.draft(logits, tokens)
-            _begin(token)
+            mx.async_eval(token)  # it runs while the next step is being built
             tokens.append(token)
             probs.append(q)
             if len(tokens) == num_draft:
@@ -217,12 +217,3 @@ class _Occurrences:
                 if found:
                     return found
         return []
-
-
-def _begin(token: mx.array) -> None:
-    """Let a GPU start on this step while the next one's graph is being built.
-
-    A CPU's cores are busy building: there it would cost more than it hides.
-    """
-    if mx.default_device() == mx.gpu:
-        mx.async_eval(token)

@@ -60,6 +60,7 @@ library, _handle = _load() if wanted else (None, None)
 
 #: Below so many parameters a model's products are over before a second thread is up:
 #: measured on 2 cores, 6 million are 20 to 30 % faster with one, 60 million slower.
+#: Such models are slimmed as well (slim.py).
 SMALL = 20_000_000
 
 

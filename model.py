@@ -112,8 +112,22 @@ class PositionBias(nn.Module):
         return self.weight[mx.array(buckets)].T
 
 
+def attend(q: mx.array, k: mx.array, v: mx.array, bias: mx.array | None) -> mx.array:
+    """Unscaled attention with an additive bias to (B, H, T, keys); -> (B, H, T, D).
+
+    Queries are (B, H, T, D), keys and values (B, H, keys, D).
+    """
+    if mx.default_device() == mx.gpu:
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=1.0, mask=bias)
+    # On a CPU that is no kernel, but these operations and a product with the scale.
+    logits = q @ k.swapaxes(-1, -2)
+    if bias is not None:
+        logits = logits + bias
+    return mx.softmax(logits, axis=-1, precise=True) @ v
+
+
 class Attention(nn.Module):
-    """Multi-head attention, unscaled, over keys and values that are handed in."""
+    """The projections of multi-head attention."""
 
     def __init__(self, config: T5Config, cross: bool = False):
         super().__init__()
@@ -126,27 +140,34 @@ class Attention(nn.Module):
         self.o = nn.Linear(inner, config.d_model, bias=False)
         self._head_size = config.d_kv
 
-    def heads(self, x: mx.array) -> mx.array:
-        """(B, T, N * D) -> (B, N, T, D)."""
-        return x.reshape(*x.shape[:2], -1, self._head_size).swapaxes(1, 2)
+    def _heads(self, x: mx.array, batch: int) -> mx.array:
+        """(B * T, any number of heads * D) -> (B, those, T, D)."""
+        if x.shape[0] == batch:  # T = 1: nothing to swap
+            return x.reshape(batch, -1, 1, self._head_size)
+        return x.reshape(batch, x.shape[0] // batch, -1, self._head_size).swapaxes(1, 2)
 
-    def project(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        """(B, T, d_model) -> queries, keys and values, each (B, H, T, D)."""
-        q, k, v = mx.split(self.heads(self.qkv(x)), 3, axis=1)
+    def project(self, x: mx.array, batch: int) -> tuple[mx.array, mx.array, mx.array]:
+        """(B * T, d_model) -> queries, keys and values, each (B, H, T, D)."""
+        q, k, v = mx.split(self._heads(self.qkv(x), batch), 3, axis=1)
         return q, k, v
+
+    def project_query(self, x: mx.array, batch: int) -> mx.array:
+        """(B * T, d_model) -> cross-attention queries (B, H, T, D)."""
+        return self._heads(self.q(x), batch)
 
     def project_source(self, source: mx.array) -> tuple[mx.array, mx.array]:
         """(B, S, d_model) -> cross-attention keys and values, each (B, H, S, D)."""
-        k, v = mx.split(self.heads(self.kv(source)), 2, axis=1)
+        heads = self._heads(self.kv(source.flatten(0, 1)), len(source))
+        k, v = mx.split(heads, 2, axis=1)
         # Views into one array would keep every later step's reads strided.
         return mx.contiguous(k), mx.contiguous(v)
 
-    def attend(
-        self, q: mx.array, k: mx.array, v: mx.array, bias: mx.array | None
-    ) -> mx.array:
-        """Queries (B, H, T, D), additive bias to (B, H, T, keys) -> (B, T, d_model)."""
-        x = mx.fast.scaled_dot_product_attention(q, k, v, scale=1.0, mask=bias)
-        return self.o(x.swapaxes(1, 2).flatten(-2))
+    def merge(self, x: mx.array) -> mx.array:
+        """What was attended to, (B, H, T, D) -> (B * T, d_model)."""
+        batch, heads, length, size = x.shape
+        if length > 1:
+            x = x.swapaxes(1, 2)
+        return self.o(x.reshape(batch * length, heads * size))
 
 
 class FeedForward(nn.Module):
@@ -174,7 +195,7 @@ class FeedForward(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """(B, S, d_model) -> the same, attending to all of S; bias (B or 1, H, S, S)."""
+    """(B * S, d_model) -> the same, attending to all of S; bias (B or 1, H, S, S)."""
 
     def __init__(self, config: T5Config):
         super().__init__()
@@ -183,15 +204,14 @@ class EncoderLayer(nn.Module):
         self.feed_forward_norm = Norm(config.d_model, config.epsilon)
         self.feed_forward = FeedForward(config)
 
-    def __call__(self, x: mx.array, bias: mx.array) -> mx.array:
-        x = x + self.attention.attend(
-            *self.attention.project(self.attention_norm(x)), bias
-        )
+    def __call__(self, x: mx.array, bias: mx.array, batch: int) -> mx.array:
+        q, k, v = self.attention.project(self.attention_norm(x), batch)
+        x = x + self.attention.merge(attend(q, k, v, bias))
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
 class DecoderLayer(nn.Module):
-    """(B, T, d_model) -> the same, attending to the cache and to the source."""
+    """(B * T, d_model) -> the same, attending to the cache and to the source."""
 
     def __init__(self, config: T5Config):
         super().__init__()
@@ -205,14 +225,15 @@ class DecoderLayer(nn.Module):
     def __call__(
         self, x: mx.array, cache: "LayerCache", step: "Step", past: mx.array
     ) -> mx.array:
-        q, k, v = self.attention.project(self.attention_norm(x))
-        cache.keys = step.write(cache.keys, k)
-        cache.values = step.write(cache.values, v)
-        x = x + self.attention.attend(q, cache.keys, cache.values, past)
+        batch = len(cache.keys)
+        q, k, v = self.attention.project(self.attention_norm(x), batch)
+        keys = cache.keys = step.write(cache.keys, k)
+        values = cache.values = step.write(cache.values, v)
+        x = x + self.attention.merge(attend(q, keys, values, past))
         cross = self.cross_attention
-        q = cross.heads(cross.q(self.cross_attention_norm(x)))
-        source = cache.source_keys, cache.source_values
-        x = x + cross.attend(q, *source, step.source)
+        q = cross.project_query(self.cross_attention_norm(x), batch)
+        keys, values = cache.source_keys, cache.source_values
+        x = x + cross.merge(attend(q, keys, values, step.source))
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
@@ -260,8 +281,9 @@ class T5(nn.Module):
         return self.decoder.norm.weight.dtype
 
     def _embed(self, tokens: mx.array) -> mx.array:
+        """(B, T) ids -> (B * T, d_model): no product has to flatten it."""
         wide = mx.float32 if self.dtype == mx.float16 else self.dtype
-        return self.embedding(tokens).astype(wide)
+        return self.embedding(tokens.flatten()).astype(wide)
 
     def encode(self, tokens: mx.array, padding: mx.array | None = None) -> mx.array:
         """Run the encoder.
@@ -274,7 +296,7 @@ class T5(nn.Module):
             (B, S, d_model); rows at padding mean nothing.
         """
         x = self._embed(tokens)
-        length = tokens.shape[1]
+        batch, length = tokens.shape
         # One row of bias per distance, gathered to a square: [i, j] is at j - i.
         square = np.arange(length)[None, :] - np.arange(length)[:, None] + length - 1
         square = mx.array(square.astype(np.int32))
@@ -283,8 +305,8 @@ class T5(nn.Module):
             bias = mx.take(by_distance, square, axis=1)[None]
             biases.append(bias if padding is None else bias + padding)
         for layer, bias in zip(self.encoder.layers, cycle(biases), strict=False):
-            x = layer(x, bias)
-        return self.encoder.norm(x)
+            x = layer(x, bias, batch)
+        return self.encoder.norm(x).reshape(batch, length, -1)
 
     def decode(
         self, tokens: mx.array, caches: list["LayerCache"], step: "Step"
@@ -307,7 +329,8 @@ class T5(nn.Module):
         x = self.decoder.norm(x)
         if self.config.scale_outputs:
             x = x * self.config.d_model**-0.5
-        return self.head(x) if "head" in self else self.embedding.as_linear(x)
+        logits = self.head(x) if "head" in self else self.embedding.as_linear(x)
+        return logits.reshape(*tokens.shape, -1)
 
 
 @dataclass

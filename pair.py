@@ -25,6 +25,7 @@ from drafting import Drafter, LookupDrafter, ModelDrafter, Session
 from errors import InputError
 from model import T5Session, load, parameter_count
 from sampling import GREEDY, Sampling
+from slim import slim
 from sources import fetch_causal
 from text import TextStream, Tokenizer
 
@@ -162,8 +163,8 @@ class Pair:
                     f"to {vocabulary - 1}: they are no pair"
                 )
             drafter = ModelDrafter(_session(draft_folder, tokenizer, vocabulary))
+        # After the draft: the threads are to fit the target.
         target = _session(folder, tokenizer, vocabulary)
-        fast_blas.fit_threads(parameter_count(target.model))
         pair = cls(target, tokenizer, _eos_tokens(folder), drafter)
         pair.folder, pair.draft_folder = folder, draft_folder
         return pair
@@ -294,10 +295,14 @@ def _session(folder: Path, tokenizer: Tokenizer, vocabulary: int) -> Session:
     """Load a model into a session that emits the tokenizer's ids alone."""
     gaps = tokenizer.gaps(vocabulary)
     if not is_causal(folder):
-        return T5Session(load(folder), vocabulary, gaps)
+        model = load(folder)
+        fast_blas.fit_threads(parameter_count(model))
+        slim(model)
+        return T5Session(model, vocabulary, gaps)
     import causal  # mlx-lm takes a second to import
 
     model = causal.load(folder)
+    fast_blas.fit_threads(parameter_count(model))
     return causal.CausalSession(model, vocabulary, gaps, causal.positions(folder))
 
 

@@ -5,7 +5,7 @@ proposes is decided here: with a given probability the one that the target will 
 else another. So a round costs what it would cost, and accepts what it is told to.
 """
 
-import fast_blas  # noqa: F401  (before mlx: see there)
+import fast_blas  # before mlx: see there
 
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from drafting import Draft, ModelDrafter
 from errors import InputError
 from model import T5, T5Session, parameter_count, prepare_memory
 from sampling import Chooser
+from slim import slim
 
 PROMPT_TOKENS = 32
 
@@ -97,6 +98,9 @@ class SimulatedPair:
             random_model(config, name)
             for config, name in zip(configs, (target, draft), strict=True)
         ]
+        fast_blas.fit_threads(parameter_count(models[0]))
+        for model in models:
+            slim(model)
         self.target = T5Session(models[0], vocabulary)
         self.drafter = SimulatedDrafter(
             ModelDrafter(T5Session(models[1], vocabulary)), vocabulary, alpha

@@ -15,7 +15,6 @@ from transformers import DynamicCache, EncoderDecoderCache
 import baselines
 import benchmark
 import errors
-import model
 from benchmark import Answer, Cell, Cost, Variant
 from decoder import Stats
 from pair import Pair
@@ -79,7 +78,8 @@ def test_their_model_is_ours(make, fields):
         oracle, _, folder = make(untied=True, feed_forward_proj="gated-gelu", **fields)
     else:
         oracle, _, folder = make(**fields)
-    theirs = baselines.to_transformers(model.load(folder), folder)
+    ours = Pair.load(str(folder)).target.model
+    theirs = baselines.to_transformers(ours, folder)
     ids = torch.tensor([[5, 6, 7, 1]])
     with torch.inference_mode():
         expected = oracle(input_ids=ids, decoder_input_ids=ids).logits

@@ -1,6 +1,6 @@
 """model.py against transformers in float32."""
 
-import fast_blas  # noqa: F401  (before mlx: see there)
+import fast_blas  # before mlx: see there
 
 import mlx.core as mx
 import numpy as np
@@ -16,6 +16,8 @@ import config
 import model
 from config import T5Config
 from errors import InputError
+from pair import Pair
+from slim import is_slim, slim
 
 TOLERANCE = 1e-4
 
@@ -46,22 +48,46 @@ def family(request, make):
     return oracle, model.load(folder)
 
 
+@pytest.fixture(params=["cpu", "gpu"])
+def both_forms(request, monkeypatch, family):
+    """A model with fewer operations, for a CPU, and as it is, with a GPU's kernels."""
+    device = getattr(mx, request.param)
+    monkeypatch.setattr(mx, "default_device", lambda: device)
+    slim(family[1])
+    assert is_slim(family[1]) == (device == mx.cpu)
+    return family
+
+
+def test_only_small_models_are_slimmed(make, monkeypatch):
+    """Every norm and every matrix of the layers, and the head."""
+    _, _, folder = make()
+    small = Pair.load(str(folder)).target.model
+    kinds = [type(module).__name__ for module in small.modules()]
+    assert kinds.count("UnitNorm") == 2 * 2 + 2 * 3
+    assert kinds.count("Product") == 2 * 4 + 2 * 7 + 1
+    assert "Linear" not in kinds
+    large = model.load(folder)
+    monkeypatch.setattr(fast_blas, "SMALL", 0)
+    slim(large)
+    assert not is_slim(large)
+
+
 @pytest.mark.parametrize("length", [1, 2, 9, 300])
-def test_encoder_output(family, length):
+def test_encoder_output(both_forms, length):
     """The bias table, its direction and the norms; 300 is beyond max_distance."""
-    oracle, ours = family
+    oracle, ours = both_forms
     prompt = prompt_of(length)
     theirs = oracle.encoder(torch.tensor([prompt])).last_hidden_state
     assert relative_error(ours.encode(mx.array([prompt])), theirs) < TOLERANCE
 
 
 @pytest.mark.parametrize("steps", [[1] * 6, [5, 1], [3, 40, 130]])
-def test_decoder_logits(family, steps):
+def test_decoder_logits(both_forms, steps):
     """Scale, head, gate, cross-attention, and blocks of several rows at an offset.
 
     The last one goes beyond max_distance, and makes the caches grow.
     """
-    oracle, ours = family
+    oracle, ours = both_forms
     prompt, tokens = prompt_of(11), prompt_of(sum(steps), seed=1)
     with torch.no_grad():
         theirs = oracle(
