@@ -28,11 +28,13 @@ class Baseline:
     Attributes:
         generate: a prompt's ids -> the new tokens, end-of-sequence included, and the
             passes of the target where they can be counted.
+        threads: whose threads compute.
     """
 
     name: str
     generate: Callable[[list[int]], tuple[list[int], int | None]]
     temperature: float = 0.0
+    threads: str = "mlx"
 
 
 def transformers_generate(pair: Pair, max_tokens: int) -> Baseline:
@@ -130,7 +132,7 @@ def _transformers(pair: Pair, max_tokens: int, assisted: bool) -> Baseline:
             out = reference.generate(input_ids=ids, attention_mask=mask, **options)
         return out[0, 1:].tolist(), None
 
-    return Baseline(name, generate)
+    return Baseline(name, generate, threads="torch")
 
 
 def _generating(model: T5, folder: Path) -> Any:
@@ -183,7 +185,7 @@ def ctranslate2(pair: Pair, max_tokens: int, int8: bool = False) -> Baseline:
         )
         return [pair.tokenizer.ids[name] for name in result.hypotheses[0]], None
 
-    return Baseline(f"CTranslate2, {kind}", generate)
+    return Baseline(f"CTranslate2, {kind}", generate, threads="ctranslate2")
 
 
 def ctranslate2_int8(pair: Pair, max_tokens: int) -> Baseline:

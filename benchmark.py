@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 import baselines
 from decoder import MAX_TOKENS, Stats, check_options, launch
-from drafting import Draft, Drafter, Session
+from drafting import Draft, Drafter, LookupDrafter, Session
 from errors import InputError, Parser, run
 from main import load_pair, say
 from pair import Pair
@@ -48,6 +48,9 @@ PROMPTS = Path(__file__).resolve().parent / "demo" / "test.tsv"
 RESAMPLES = 2000  # of the bootstrap
 COST_REPEATS = 60  # timings per entry of the cost table
 COST_PREFIX = 8  # tokens decoded before the timed step
+# OpenMP's idle threads spin for a fifth of a second before they sleep, on the cores
+# that the next program needs: without this pause that one takes up to twice as long.
+SPIN_SECONDS = 0.25
 MLX_LM = "mlx-lm"  # of the baselines the one that drafts and samples as well
 SIMULATED_PROMPTS, SIMULATED_TOKENS = 3, 64
 
@@ -89,12 +92,14 @@ class Variant:
         cell: ours; None for another program.
         answer: of a prompt and its number.
         temperature: at which it decodes.
+        threads: whose threads compute: "mlx" or another library's name.
     """
 
     name: str
     cell: Cell | None
     answer: Callable[[str, int], Answer]
     temperature: float = 0.0
+    threads: str = "mlx"
 
 
 @dataclass(frozen=True)
@@ -105,11 +110,13 @@ class Cost:
         plain: a pass of the target over one token, and choosing the next one.
         verify: a pass over K + 1, and judging them.
         draft: drafting K tokens.
+        always: whether every round has K: prompt lookup's has what it finds.
     """
 
     plain: float
     verify: float
     draft: float
+    always: bool = True
 
 
 @dataclass(frozen=True)
@@ -179,7 +186,7 @@ def theirs(pair: Pair, baseline: baselines.Baseline) -> Variant:
         stats = passes and Stats(new_tokens=len(tokens), rounds=passes)
         return Answer(text, tokens, seconds, stats)
 
-    return Variant(baseline.name, None, answer, baseline.temperature)
+    return Variant(baseline.name, None, answer, baseline.temperature, baseline.threads)
 
 
 def measure(
@@ -193,11 +200,15 @@ def measure(
         variant.answer(prompts[0], 0)
     answers: list[list[Answer]] = [[] for _ in variants]
     rng = np.random.default_rng(0)
+    threads = None
     for number, prompt in enumerate(tqdm(prompts, unit="prompt", disable=None)):
         runs: list[list[Answer]] = [[] for _ in variants]
         for _ in range(repeats):
             for which in rng.permutation(len(variants)):
                 mx.synchronize()  # what a variant may have left queued on a GPU
+                if variants[which].threads != threads:
+                    threads = variants[which].threads
+                    time.sleep(SPIN_SECONDS)
                 runs[which].append(variants[which].answer(prompt, number))
         for which, its in enumerate(runs):
             seconds = statistics.median(run.seconds for run in its)
@@ -241,7 +252,8 @@ def step_cost(target: Session, drafter: Drafter, ids: list[int], cell: Cell) -> 
         (judge(None), judge(Draft(tokens, probs)), draft())
         for _ in range(COST_REPEATS + 2)
     ][2:]
-    return Cost(*(statistics.median(column) for column in zip(*timed, strict=True)))
+    medians = (statistics.median(column) for column in zip(*timed, strict=True))
+    return Cost(*medians, always=not isinstance(drafter, LookupDrafter))
 
 
 def speedup(
@@ -320,9 +332,12 @@ def summarise(
     alpha = sum(each.accepted for each in stats) / tested
     k = cell.num_draft
     c, v = cost.draft / k / cost.plain, cost.verify / cost.plain
+    row = replace(row, alpha=alpha, c=c, v=v)
+    if not cost.always:
+        return row
     tokens = k + 1 if alpha == 1 else (1 - alpha ** (k + 1)) / (1 - alpha)
     expected, paper = tokens / (k * c + v), tokens / (k * c + 1)
-    return replace(row, alpha=alpha, c=c, v=v, expected=expected, paper=paper)
+    return replace(row, expected=expected, paper=paper)
 
 
 def header(args: Namespace) -> dict[str, Any]:

@@ -221,6 +221,10 @@ def test_expected_speedup_is_the_papers():
     slow = replace(cost, verify=2.0)
     row = benchmark.summarise(variant, drafted, plain, [[]] * 4, slow)
     assert row.expected == pytest.approx(row.paper * 1.14 / 2.14)
+    ragged = replace(cost, always=False)
+    row = benchmark.summarise(variant, drafted, plain, [[]] * 4, ragged)
+    assert row.alpha == 0.75
+    assert row.expected is row.paper is None
     assert row.bleu is None
     sure = answers([0.5] * 4, rounds=1, tested=4, accepted=4)
     row = benchmark.summarise(variant, sure, plain, [[]] * 4, cost)
