@@ -523,10 +523,13 @@ def probability(text: str) -> float:
 
 
 def writable(text: str) -> Path:
-    """A file to write: that its folder is there is worth knowing before, not after."""
-    if not Path(text).parent.is_dir():
-        raise ArgumentTypeError(f"there is no folder {Path(text).parent}")
-    return Path(text)
+    """A file to write: that it can be is worth knowing before, not after."""
+    path = Path(text)
+    if not path.parent.is_dir():
+        raise ArgumentTypeError(f"there is no folder {path.parent}")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ArgumentTypeError(f"cannot write {path}")
+    return path
 
 
 def parse_arguments(arguments: list[str] | None = None) -> Namespace:

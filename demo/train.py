@@ -11,13 +11,18 @@ distributed its probability at each of those positions (word-level, its TOP most
 probable tokens), which is what speculative decoding rewards: DistillSpec, arXiv
 2310.08461. The draft shares the teacher's tokenizer.
 
-Both end as a Hugging Face folder (transformers loads it, convert.py converts it). What
+``--from`` begins with a trained model instead of a random one, and may give it more
+layers: the new ones change nothing until they are trained (block expansion: arXiv
+2401.02415). ``together.py`` goes on with a target and its draft at once.
+
+All end as a Hugging Face folder (transformers loads it, convert.py converts it). What
 a run needs to go on after it was killed is kept in ``training/`` in that folder: start
 the same command again. (Labelling is saved when it is complete.) The learning rate
 follows the time that was spent, so the budget is always spent on a whole schedule;
 held-out loss and accuracy are printed at every save.
 """
 
+import copy
 import ctypes
 import hashlib
 import json
@@ -434,6 +439,14 @@ class Trainer:
         self.epoch = 0
         self.batch = 0  # within the epoch
         self.held_out, self.among = split(examples, args.seed)
+        self.optimizers = self.optimizers_of(self.model)
+        self.folder = args.output / "training"
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def optimizers_of(
+        self, model: T5ForConditionalGeneration
+    ) -> list[torch.optim.Optimizer]:
+        """Muon for the matrices between the layers, AdamW for everything else."""
         embedding = model.get_input_embeddings().weight
         head = model.get_output_embeddings().weight
         matrices, others = [], []
@@ -443,21 +456,20 @@ class Trainer:
             inner = parameter.ndim == 2 and parameter is not head
             inner = inner and "relative_attention_bias" not in name
             (matrices if inner else others).append(parameter)
-        self.optimizers = [
+        optimizers = [
             Muon(matrices),
             torch.optim.AdamW(
                 [
                     # T5 starts its embedding at that much larger values.
-                    {"params": [embedding], "peak": 10 * args.learning_rate},
-                    {"params": others, "peak": args.learning_rate},
+                    {"params": [embedding], "peak": 10 * self.args.learning_rate},
+                    {"params": others, "peak": self.args.learning_rate},
                 ],
                 betas=(0.9, 0.98),
                 weight_decay=0.0,
             ),
         ]
-        self.optimizers[0].param_groups[0]["peak"] = args.matrix_rate
-        self.folder = args.output / "training"
-        self.folder.mkdir(parents=True, exist_ok=True)
+        optimizers[0].param_groups[0]["peak"] = self.args.matrix_rate
+        return optimizers
 
     def resume(self) -> bool:
         """Go on where ``training/state.pt`` was left; false if there is none."""
@@ -481,9 +493,16 @@ class Trainer:
         torch.save(state, self.folder / "state.new")
         (self.folder / "state.new").replace(self.folder / "state.pt")
 
+    @property
+    def config(self) -> T5Config:
+        return self.model.config
+
+    def measure(self, batch: Batch) -> tuple[torch.Tensor, ...]:
+        return measure(self.model, batch)
+
     def batches(self) -> Iterator[Batch]:
         """Endless, from where the run stands."""
-        start = self.model.config.decoder_start_token_id
+        start = self.config.decoder_start_token_id
         while True:
             order = epoch_order(
                 self.examples, self.among, self.args.batch, self.args.seed + self.epoch
@@ -508,7 +527,7 @@ class Trainer:
                 group["lr"] = group["peak"] * rate
             optimizer.zero_grad()
         with self.autocast():
-            loss, tokens, *_ = measure(self.model, batch)
+            loss, tokens, *_ = self.measure(batch)
         (loss / tokens).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
@@ -518,12 +537,12 @@ class Trainer:
     @torch.inference_mode()
     def evaluate(self) -> tuple[float, float, float]:
         """Loss, hits and overlap (see :func:`measure`) per held-out token."""
-        start = self.model.config.decoder_start_token_id
+        start = self.config.decoder_start_token_id
         totals = torch.zeros(4)
         for chosen in epoch_order(self.examples, self.held_out, self.args.batch, 0):
             batch = collate(self.examples, chosen, start, self.device)
             with self.autocast():
-                totals += torch.stack(measure(self.model, batch)).cpu()
+                totals += torch.stack(self.measure(batch)).cpu()
         loss, tokens, hits, overlap = totals.tolist()
         return loss / tokens, hits / tokens, overlap / tokens
 
@@ -596,14 +615,15 @@ def new_model(
         vocabulary: rows of the embedding.
         special: as :func:`special_ids` gives them.
     """
+    width = args.width or 192
     config = T5Config(
         vocab_size=vocabulary,
-        d_model=args.width,
+        d_model=width,
         d_kv=64,
-        num_heads=max(args.width // 64, 1),
-        d_ff=args.feed_forward or 4 * args.width,
-        num_layers=args.encoder_layers,
-        num_decoder_layers=args.decoder_layers,
+        num_heads=max(width // 64, 1),
+        d_ff=args.feed_forward or 4 * width,
+        num_layers=args.encoder_layers or 2,
+        num_decoder_layers=args.decoder_layers or 10,
         feed_forward_proj="gated-gelu" if args.v1_1 else "relu",
         tie_word_embeddings=not args.v1_1,
         dropout_rate=0.0,
@@ -612,30 +632,73 @@ def new_model(
     model = T5ForConditionalGeneration(config)
     if args.v1_1:
         # transformers 5 ties the head whatever the config says.
-        head = torch.randn(vocabulary, args.width) * args.width**-0.5
+        head = torch.randn(vocabulary, width) * width**-0.5
         model.lm_head.weight = torch.nn.Parameter(head)
         model.config.tie_word_embeddings = False
     return model
 
 
-def arguments() -> Namespace:
+def grown(
+    model: T5ForConditionalGeneration,
+    encoder_layers: int | None,
+    decoder_layers: int | None,
+) -> T5ForConditionalGeneration:
+    """A model that computes the same with more layers, None for as many as it has.
+
+    The old layers lie spread among the new ones. A new one is a copy of the old one
+    before it, but for the matrices that write its results, which are zero.
+
+    Raises:
+        InputError: it has more layers than that.
+    """
+    config = copy.deepcopy(model.config)
+    before = {"encoder": config.num_layers, "decoder": config.num_decoder_layers}
+    after = {
+        "encoder": encoder_layers or config.num_layers,
+        "decoder": decoder_layers or config.num_decoder_layers,
+    }
+    for stack, layers in after.items():
+        if layers < before[stack]:
+            raise InputError(
+                f"--{stack}-layers is {layers}, but the model to begin with has "
+                f"{before[stack]}: layers can only be added"
+            )
+    config.num_layers, config.num_decoder_layers = after["encoder"], after["decoder"]
+    weights = {}
+    for name, weight in model.state_dict().items():
+        stack, _, rest = name.partition(".block.")
+        if not rest:
+            weights[name] = weight
+            continue
+        old, _, rest = rest.partition(".")
+        copies = [
+            new
+            for new in range(after[stack])
+            if new * before[stack] // after[stack] == int(old)
+        ]
+        if "relative_attention_bias" in rest:  # only the first layer has it
+            copies = copies[:1]
+        for new in copies:
+            silent = new != copies[0] and rest.endswith((".o.weight", ".wo.weight"))
+            weights[f"{stack}.block.{new}.{rest}"] = weight * (not silent)
+    larger = T5ForConditionalGeneration(config)
+    if not config.tie_word_embeddings:  # transformers 5 ties it whatever config says
+        larger.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+    larger.load_state_dict(weights)
+    larger.generation_config = model.generation_config
+    return larger
+
+
+def parser(prog: str, description: str) -> Parser:
+    """With the arguments that every training has."""
     parser = Parser(
-        prog="train.py",
-        description=__doc__,
+        prog=prog,
+        description=description,
         formatter_class=RawDescriptionHelpFormatter,
     )
     parser.add_argument("text", type=Path, help="source, tab, target: one pair a line")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--teacher", type=Path, help="distil from this T5 (a folder)")
     parser.add_argument("--minutes", type=float, default=60, help="of training")
-    parser.add_argument(
-        "--vocabulary", type=int, default=4096, help="without --teacher"
-    )
-    parser.add_argument("--width", type=int, default=192, help="d_model, 64 a head")
-    parser.add_argument("--feed-forward", type=int, help="d_ff (default 4 x width)")
-    parser.add_argument("--encoder-layers", type=int, default=2)
-    parser.add_argument("--decoder-layers", type=int, default=10)
-    parser.add_argument("--v1-1", action="store_true", help="T5 1.1: gated, untied")
     parser.add_argument("--batch", type=int, default=256, help="pairs a step")
     parser.add_argument("--matrix-rate", type=float, default=5e-3, help="Muon's peak")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="of the rest")
@@ -645,7 +708,32 @@ def arguments() -> Namespace:
     parser.add_argument(
         "--device", help="cuda, mps or cpu (default: the best there is)"
     )
-    args = parser.parse_args()
+    return parser
+
+
+def arguments() -> Namespace:
+    own = parser("train.py", __doc__)
+    own.add_argument("--teacher", type=Path, help="distil from this T5 (a folder)")
+    own.add_argument(
+        "--from", dest="start", type=Path, help="begin with this T5 (a folder)"
+    )
+    own.add_argument("--vocabulary", type=int, help="default 4096, or the teacher's")
+    own.add_argument("--width", type=int, help="d_model, 64 a head (default 192)")
+    own.add_argument("--feed-forward", type=int, help="d_ff (default 4 x width)")
+    own.add_argument("--encoder-layers", type=int, help="default 2")
+    own.add_argument("--decoder-layers", type=int, help="default 10")
+    own.add_argument("--v1-1", action="store_true", help="T5 1.1: gated, untied")
+    args = own.parse_args()
+    if args.start:
+        for name in ("vocabulary", "width", "feed_forward", "v1_1"):
+            if getattr(args, name):
+                flag = name.replace("_", "-")
+                raise InputError(f"--{flag} is given by --from: leave it out")
+    return checked(args)
+
+
+def checked(args: Namespace) -> Namespace:
+    """The arguments, none of whose numbers is one that makes no sense."""
     for name, value in vars(args).items():
         if isinstance(value, int | float) and not isinstance(value, bool):
             least = 0 if name == "seed" else 1e-9
@@ -667,25 +755,36 @@ def choose_device(name: str | None) -> torch.device:
         raise InputError(f"no device '{name}' here: {reason}") from None
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """Those of a Hugging Face checkpoint.
+
+    Raises:
+        InputError: the folder is none.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    files += sorted(folder.glob("pytorch_model*.bin"))
+    if not files or not (folder / "config.json").is_file():
+        raise InputError(
+            f"{folder} is no Hugging Face checkpoint: no config.json with "
+            f"*.safetensors or pytorch_model*.bin"
+        )
+    return files
+
+
 def describe(args: Namespace) -> dict[str, Any]:
     """What a run has to have in common with the one that it goes on with."""
-    free = {"output", "text", "teacher", "minutes", "save_minutes", "device"}
+    free = {"output", "minutes", "save_minutes", "device"}
     description = {k: v for k, v in vars(args).items() if k not in free}
-    try:
-        description["text"] = hashlib.sha256(args.text.read_bytes()).hexdigest()
-    except OSError as error:
-        raise InputError(f"cannot read {args.text}: {error}") from None
-    if args.teacher:
-        weights = sorted(args.teacher.glob("*.safetensors"))
-        weights += sorted(args.teacher.glob("pytorch_model*.bin"))
-        if not weights or not (args.teacher / "config.json").is_file():
-            raise InputError(
-                f"{args.teacher} is no Hugging Face checkpoint: no config.json with "
-                f"*.safetensors or pytorch_model*.bin"
-            )
-        # Not their bytes, which may be many: a file's size and time.
-        stats = [path.stat() for path in weights]
-        description["teacher"] = [[s.st_size, s.st_mtime_ns] for s in stats]
+    for name, path in description.items():
+        if name in ("text", "sources") and path:
+            try:
+                description[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+            except OSError as error:
+                raise InputError(f"cannot read {path}: {error}") from None
+        elif isinstance(path, Path):
+            # Not their bytes, which may be many: a file's size and time.
+            stats = [each.stat() for each in weight_files(path)]
+            description[name] = [[s.st_size, s.st_mtime_ns] for s in stats]
     return description
 
 
@@ -715,27 +814,48 @@ def begin(args: Namespace) -> bool:
     return False
 
 
+def load_t5(folder: Path) -> T5ForConditionalGeneration:
+    # In float32 as on our CPUs: rounded logits would tie, and float16 overflow.
+    return T5ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+
+
 def labels(
-    args: Namespace, tokenizer: PreTrainedTokenizerBase, device: torch.device
+    args: Namespace,
+    sources: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
 ) -> Examples:
     """The teacher's answers, from ``training/labels.npz`` if they are there already."""
     path = args.output / "training" / "labels.npz"
     if path.exists():
         return Examples(**np.load(path))
-    sources = [row[0] for row in read_columns(args.text, 1)]
-    # In float32 as on our CPUs: rounded logits would tie, and float16 overflow.
-    teacher = T5ForConditionalGeneration.from_pretrained(
-        args.teacher, dtype=torch.float32
-    )
-    teacher = teacher.to(device).eval()
+    teacher = load_t5(args.teacher).to(device).eval()
     examples = from_teacher(sources, teacher, tokenizer, device, args.max_tokens)
     np.savez(path.with_suffix(".new.npz"), **vars(examples))
     path.with_suffix(".new.npz").replace(path)
     return examples
 
 
-def main() -> None:
-    args = arguments()
+def same_tokenizer(*folders: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that models have in common.
+
+    Raises:
+        InputError: a folder is no checkpoint, or has another than the first.
+    """
+    tokenizers = []
+    for folder in folders:
+        weight_files(folder)
+        try:
+            tokenizers.append(AutoTokenizer.from_pretrained(folder))
+        except (OSError, ValueError):
+            raise InputError(f"{folder} holds no tokenizer") from None
+        if tokenizers[-1].get_vocab() != tokenizers[0].get_vocab():
+            raise InputError(f"{folder} and {folders[0]} have different tokenizers")
+    return tokenizers[0]
+
+
+def prepare(args: Namespace) -> torch.device:
+    """The device to train on, set up."""
     device = choose_device(args.device)
     if device.type == "cpu":
         keep_memory()
@@ -743,7 +863,30 @@ def main() -> None:
         # made up its mind are denormal, which halves the speed of a CPU.
         torch.set_flush_denormal(True)
     torch.manual_seed(args.seed)
-    rows = None if args.teacher else read_columns(args.text, 2)
+    return device
+
+
+def complete(trainer: Trainer) -> None:
+    """The run, from where an earlier start left it."""
+    examples, args = trainer.examples, trainer.args
+    if not len(trainer.among):
+        raise InputError(f"{len(examples)} examples are too few: all are held out")
+    parameters = sum(each.numel() for each in trainer.model.parameters())
+    say(
+        f"{parameters / 1e6:.2f} M parameters, {len(examples):,} examples, "
+        f"{len(examples.targets):,} target tokens, on {trainer.device}\n"
+    )
+    if trainer.resume():
+        say(f"resumed at {trainer.elapsed / 60:.1f} of {args.minutes:g} minutes\n")
+    trainer.run()
+
+
+def main() -> None:
+    args = arguments()
+    device = prepare(args)
+    rows = read_columns(args.text, 1 if args.teacher else 2)
+    given = [folder for folder in (args.teacher, args.start) if folder]
+    tokenizer = same_tokenizer(*given) if given else None
     resumed = begin(args)
     if args.teacher:
         config = T5Config.from_pretrained(args.teacher)
@@ -751,28 +894,23 @@ def main() -> None:
         if (args.teacher / "generation_config.json").is_file():
             generation = GenerationConfig.from_pretrained(args.teacher)
         special = special_ids(config, generation)
-        tokenizer = AutoTokenizer.from_pretrained(args.teacher)
         vocabulary = 1 + used_ids(tokenizer, config.vocab_size)[-1]
-        examples = labels(args, tokenizer, device)
+        examples = labels(args, [row[0] for row in rows], tokenizer, device)
     else:
         special = special_ids(T5Config(decoder_start_token_id=0), None)
         if resumed and (args.output / "tokenizer.json").is_file():
             tokenizer = AutoTokenizer.from_pretrained(args.output)
-        else:
-            tokenizer = learn_tokenizer(rows, args.vocabulary, args.output)
+        elif not args.start:
+            tokenizer = learn_tokenizer(rows, args.vocabulary or 4096, args.output)
         vocabulary = len(tokenizer)
         examples = from_text(rows, tokenizer)
     tokenizer.save_pretrained(args.output)
-    trainer = Trainer(new_model(args, vocabulary, special), examples, args, device)
-    if not len(trainer.among):
-        raise InputError(f"{len(examples)} examples are too few: all are held out")
-    say(
-        f"{trainer.model.num_parameters() / 1e6:.2f} M parameters, {len(examples):,} "
-        f"examples, {len(examples.targets):,} target tokens, on {device}\n"
-    )
-    if trainer.resume():
-        say(f"resumed at {trainer.elapsed / 60:.1f} of {args.minutes:g} minutes\n")
-    trainer.run()
+    if args.start:
+        model = grown(load_t5(args.start), args.encoder_layers, args.decoder_layers)
+    else:
+        model = new_model(args, vocabulary, special)
+    trainer = Trainer(model, examples, args, device)
+    complete(trainer)
     trainer.model.save_pretrained(args.output)
 
 

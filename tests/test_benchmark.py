@@ -305,6 +305,7 @@ def test_bad_flags(call, make, tmp_path):
         (["--temperature", "-1"], "temperature is -1"),
         (["--simulate-alpha", "1.5"], "between 0 and 1"),
         (["--json", tmp_path / "no" / "f.json"], "no folder"),
+        (["--json", tmp_path], "cannot write"),
         (["--plot", tmp_path / "f.sparkle"], "a plot is one of"),
         (["--prompts", tmp_path / "nowhere"], "cannot read"),
     ):

@@ -3,6 +3,7 @@
 import fast_blas  # noqa: F401  (before mlx: see there)
 
 import json
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -22,7 +23,7 @@ from transformers import (
 
 import convert
 from decoder import generate
-from demo import tatoeba, train
+from demo import tatoeba, together, train
 from errors import InputError
 from model import T5Session, load
 
@@ -58,21 +59,25 @@ def arguments(output: Path, **changes) -> Namespace:
     options = SMALL | {name.replace("_", "-"): value for name, value in changes.items()}
     command = ["train.py", str(output.parent / "pairs.tsv"), "--output", str(output)]
     for name, value in options.items():
-        command += [f"--{name}"] + ([] if value is True else [str(value)])
+        if value is not None:
+            command += [f"--{name}"] + ([] if value is True else [str(value)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", command)
         return train.arguments()
 
 
 def run(output: Path, **changes) -> None:
+    start(train, arguments(output, **changes))
+
+
+def start(script, args: Namespace) -> None:
     """The whole script, on a clock that ticks 0.05 s at a look: no machine is slow."""
     ticks = count()
-    args = arguments(output, **changes)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "arguments", lambda: args)
+        patch.setattr(script, "arguments", lambda: args)
         patch.setattr(train, "HELD_OUT", 100)
         patch.setattr(train, "time", Namespace(monotonic=lambda: next(ticks) / 20))
-        train.main()
+        script.main()
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +159,127 @@ def test_killed_run_goes_on_with_its_loss_curve(trained, monkeypatch):
     assert after[0]["seconds"] > killed["seconds"]
     assert after[0]["held_out_loss"] == pytest.approx(killed["held_out_loss"], abs=0.3)
     assert after[-1]["seconds"] == pytest.approx(0.2 * 60, abs=0.2)
+
+
+@pytest.mark.parametrize("v1_1", [None, True])
+def test_grown_model_computes_the_same_and_learns(tmp_path, v1_1):
+    """New layers are silent, in whatever number, and the first step wakes them."""
+    torch.manual_seed(0)
+    args = arguments(tmp_path / "x", v1_1=v1_1, decoder_layers=3, encoder_layers=2)
+    small = train.new_model(args, 50, SPECIAL)
+    large = train.grown(small, 5, 7)
+    assert large.config.num_layers == len(large.encoder.block) == 5
+    assert large.config.num_decoder_layers == len(large.decoder.block) == 7
+    ids = torch.tensor([[5, 6, 7, 1], [9, 8, 1, 0]])
+    both = {"input_ids": ids, "decoder_input_ids": ids[:, :3]}
+    expected = small(**both).logits
+    torch.testing.assert_close(large(**both).logits, expected, atol=1e-5, rtol=0)
+    large(**both).logits.square().sum().backward()
+    for stack in (large.encoder, large.decoder):
+        for block in stack.block:
+            assert block.layer[0].SelfAttention.o.weight.grad.abs().max() > 0
+            assert block.layer[-1].DenseReluDense.wo.weight.grad.abs().max() > 0
+    assert train.grown(small, None, None).config.num_decoder_layers == 3
+    with pytest.raises(InputError, match="--decoder-layers is 2, but"):
+        train.grown(small, None, 2)
+
+
+OF_THE_START = {"vocabulary": None, "width": None}
+
+
+def test_training_goes_on_from_a_trained_model(trained):
+    options = OF_THE_START | {"from": trained / "target"}
+    options |= {"encoder_layers": None, "decoder_layers": 4, "minutes": 0.02}
+    run(trained / "more", **options)
+    losses = [r["held_out_loss"] for r in log(trained / "more") if "held_out_loss" in r]
+    assert losses[0] < 2.0  # as far as the target had come
+    model = T5ForConditionalGeneration.from_pretrained(trained / "more")
+    assert model.config.num_decoder_layers == 4
+    one, other = (
+        AutoTokenizer.from_pretrained(trained / n) for n in ("target", "more")
+    )
+    assert one.get_vocab() == other.get_vocab()
+
+
+@pytest.fixture(scope="module")
+def draft(trained):
+    run(trained / "small", teacher=trained / "target", decoder_layers=1, minutes=0.05)
+    return trained / "small"
+
+
+def test_together_they_agree_more(trained, draft, capsys):
+    """Both move towards the other, the target is still one, and both convert."""
+    rng = np.random.default_rng(1)
+    lines = [" ".join(WORDS[i] for i in rng.integers(0, 12, 5)) for _ in range(300)]
+    (trained / "more.txt").write_text("\n".join(lines))
+    command = ["together.py", trained / "pairs.tsv", "--output", trained / "pair"]
+    command += ["--target", trained / "target", "--draft", draft, "--minutes", 0.1]
+    command += ["--sources", trained / "more.txt", "--decoder-layers", 3]
+    command += ["--device", "cpu", "--batch", 32, "--save-minutes", 0.01]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", list(map(str, command)))
+        args = together.arguments()
+    start(together, args)
+    records = [r for r in log(trained / "pair") if "held_out_hits" in r]
+    assert records[-1]["held_out_hits"] > records[0]["held_out_hits"] + 0.02
+    assert records[-1]["held_out_overlap"] > records[0]["held_out_overlap"]
+    labels = train.Examples(**np.load(trained / "pair/training/labels.npz"))
+    assert len(labels) > 600  # the sources without an answer as well
+    for name, layers in (("target", 3), ("draft", 1)):
+        convert.convert(trained / "pair" / name, trained / f"pair-{name}")
+        assert load(trained / f"pair-{name}").config.num_decoder_layers == layers
+    weights = (trained / "pair/draft/model.safetensors").read_bytes()
+    capsys.readouterr()
+    start(together, args)
+    assert "resumed at 0.1" in capsys.readouterr().err
+    assert (trained / "pair/draft/model.safetensors").read_bytes() == weights
+
+
+def test_what_each_learns_from_the_other(trained, draft, examples):
+    """Cross-entropy and both divergences, each with a gradient for one model only."""
+    pair = {"target": train.load_t5(trained / "target"), "draft": train.load_t5(draft)}
+    args = arguments(trained / "mutual", teacher=trained / "target")
+    args.pull = 0.3
+    both = together.joined([examples, examples])
+    assert len(both) == 2 * len(examples)
+    device = torch.device("cpu")
+    one = together.Together(torch.nn.ModuleDict(pair), both, args, device)
+    chosen = np.array([3, 77, len(examples) + 3])
+    batch = train.collate(both, chosen, 0, device)
+    loss, tokens, agreed, overlap = one.measure(batch)
+    loss.backward()
+
+    expected = dict.fromkeys(("target", "draft"), 0.0)
+    same = mass = count = 0
+    copies = {name: train.load_t5(trained / "target") for name in pair}
+    copies["draft"] = train.load_t5(draft)
+    for i in chosen % len(examples):
+        source = examples.sources[slice(*examples.source_starts[i : i + 2])]
+        labels = examples.targets[slice(*examples.target_starts[i : i + 2])]
+        labels = torch.tensor(labels[None]).long()
+        p, q = (
+            model(input_ids=torch.tensor(source[None]).long(), labels=labels)
+            .logits[0]
+            .softmax(-1)
+            for model in copies.values()
+        )
+        gold = -p.gather(-1, labels[0][:, None]).log().sum()
+        fixed_p, fixed_q = p.detach(), q.detach()
+        expected["target"] += gold + 0.3 * (fixed_q * (fixed_q / p).log()).sum()
+        expected["draft"] += (fixed_p * (fixed_p / q).log()).sum()
+        same += int((p.argmax(-1) == q.argmax(-1)).sum())
+        mass += float(torch.minimum(fixed_p, fixed_q).sum())
+        count += labels.numel()
+    assert (int(tokens), int(agreed)) == (count, same)
+    assert float(overlap) == pytest.approx(mass, rel=1e-4)
+    total = float(sum(expected.values()).detach())
+    assert float(loss) == pytest.approx(total, rel=1e-4)
+    for name, value in expected.items():
+        value.backward()
+        for ours, theirs in zip(
+            pair[name].parameters(), copies[name].parameters(), strict=True
+        ):
+            torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-3, rtol=1e-3)
 
 
 def test_labels_are_the_teachers_greedy_text_and_probabilities(make):
@@ -380,6 +506,9 @@ def test_bad_files(tmp_path, text, words):
         ({"output": "file"}, "exists and is no run"),
         ({"output": "full"}, "exists and is no run"),
         ({"teacher": "nowhere"}, "no Hugging Face checkpoint"),
+        ({"from": "nowhere"} | OF_THE_START, "no Hugging Face checkpoint"),
+        ({"from": "target"}, "--vocabulary is given by --from"),
+        ({"from": "alien", "teacher": "target"} | OF_THE_START, "different tokenizers"),
         ({"teacher": "target", "output": "target"}, "another run"),
         ({"device": "abacus"}, "no device 'abacus'"),
         ({"batch": 0}, "--batch is 0"),
@@ -391,12 +520,18 @@ def test_refused_runs(trained, changes, words):
     """Nothing of an earlier run, or of anything else, is written over."""
     (trained / "file").touch()
     (trained / "full").mkdir(exist_ok=True)
+    if changes.get("from") == "alien":
+        other = AutoTokenizer.from_pretrained(trained / "target")
+        other.add_tokens(["alien"])
+        other.save_pretrained(trained / "alien")
+        for name in ("config.json", "model.safetensors"):
+            shutil.copy(trained / "target" / name, trained / "alien")
     (trained / "full/something").touch()
     before = (trained / "target/config.json").read_bytes()
     changes = dict(changes)
     output = trained / changes.pop("output", "target")
-    if "teacher" in changes:
-        changes["teacher"] = trained / changes["teacher"]
+    for name in changes.keys() & {"teacher", "from"}:
+        changes[name] = trained / changes[name]
     with pytest.raises(InputError, match=words):
         run(output, **changes)
     assert (trained / "target/config.json").read_bytes() == before
