@@ -206,12 +206,19 @@ def mlx_lm(pair: Pair, max_tokens: int, num_draft: int, temperature: float) -> B
     from mlx_lm.generate import generate_step, speculative_generate_step
     from mlx_lm.sample_utils import make_sampler
 
+    from causal import PREFILL
+
     target = _Counted(pair.target.model)
-    options = {"max_tokens": max_tokens, "sampler": make_sampler(temp=temperature)}
+    options = {
+        "max_tokens": max_tokens,
+        "sampler": make_sampler(temp=temperature),
+        "prefill_step_size": PREFILL,
+    }
 
     def generate(prompt: list[int]) -> tuple[list[int], int]:
         ids, tokens = mx.array(prompt), []
         target.calls = 0
+        prefill = -(-(len(prompt) - 1) // PREFILL)  # passes
         if num_draft:
             draft = pair.drafter.session.model
             steps = speculative_generate_step(
@@ -224,8 +231,8 @@ def mlx_lm(pair: Pair, max_tokens: int, num_draft: int, temperature: float) -> B
             if tokens[-1] in pair.eos_tokens:
                 break
         steps.close()
-        # The prompt's own passes are none of decoding; the last token's is its own.
-        return tokens, target.calls - (len(prompt) > 1)
+        # Alone it has one more pass queued when it is stopped.
+        return tokens, target.calls - prefill if num_draft else len(tokens)
 
     name = f"mlx-lm, num-draft {num_draft}"
     if temperature:

@@ -16,6 +16,11 @@ With translations to compare with in the file (a tab after the prompt, then one)
 is a column of sacreBLEU: a prompt's lines together are its references.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback from an import
+
 import fast_blas
 
 import json
@@ -46,13 +51,15 @@ from sampling import Choices, Sampling
 
 PROMPTS = Path(__file__).resolve().parent / "demo" / "test.tsv"
 RESAMPLES = 2000  # of the bootstrap
+FEWEST = 6  # prompts from which an interval says something
 COST_REPEATS = 60  # timings per entry of the cost table
 COST_PREFIX = 8  # tokens decoded before the timed step
 # OpenMP's idle threads spin for a fifth of a second before they sleep, on the cores
 # that the next program needs: without this pause that one takes up to twice as long.
 SPIN_SECONDS = 0.25
 MLX_LM = "mlx-lm"  # of the baselines the one that drafts and samples as well
-SIMULATED_PROMPTS, SIMULATED_TOKENS = 3, 64
+SIMULATED_PROMPTS, SIMULATED_TOKENS = FEWEST, 64
+TARGET_CONFIG, DRAFT_CONFIG = "t5-11b", "t5-small"
 
 
 @dataclass(frozen=True)
@@ -125,7 +132,7 @@ class Row:
 
     Attributes:
         speedup: over plain decoding, in seconds per token; ``low`` and ``high`` bound
-            its 95 % interval.
+            its 95 % interval, None for too few prompts.
         alpha: accepted over judged draft tokens.
         tokens_per_round: tokens per pass of the target, which is the speed-up in
             passes over plain decoding.
@@ -144,8 +151,8 @@ class Row:
     seconds: float
     tokens_per_second: float
     speedup: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     alpha: float | None = None
     tokens_per_round: float | None = None
     c: float | None = None
@@ -161,6 +168,7 @@ def ours(pair: Pair, cell: Cell, max_tokens: int) -> Variant:
     """Decoding with this project's loop."""
 
     def answer(prompt: str, number: int) -> Answer:
+        pair.forget()
         began = time.perf_counter()
         done = pair.generate(
             prompt,
@@ -194,7 +202,8 @@ def measure(
 ) -> list[list[Answer]]:
     """Every variant's answer to every prompt, with the median seconds of its repeats.
 
-    The first prompt is answered once more beforehand, to warm up.
+    The first prompt is answered once more beforehand, to warm up. After Ctrl-C, the
+    answers to the prompts that every variant has answered by then, if there are any.
     """
     for variant in variants:
         variant.answer(prompts[0], 0)
@@ -203,25 +212,37 @@ def measure(
     threads = None
     for number, prompt in enumerate(tqdm(prompts, unit="prompt", disable=None)):
         runs: list[list[Answer]] = [[] for _ in variants]
-        for _ in range(repeats):
-            for which in rng.permutation(len(variants)):
-                mx.synchronize()  # what a variant may have left queued on a GPU
-                if variants[which].threads != threads:
-                    threads = variants[which].threads
-                    time.sleep(SPIN_SECONDS)
-                runs[which].append(variants[which].answer(prompt, number))
+        try:
+            for _ in range(repeats):
+                for which in rng.permutation(len(variants)):
+                    mx.synchronize()  # what a variant may have left queued on a GPU
+                    if variants[which].threads != threads:
+                        threads = variants[which].threads
+                        time.sleep(SPIN_SECONDS)
+                    runs[which].append(variants[which].answer(prompt, number))
+        except KeyboardInterrupt:
+            if not number:
+                raise
+            say(f"interrupted: what follows is of the first {number} prompts")
+            break
         for which, its in enumerate(runs):
             seconds = statistics.median(run.seconds for run in its)
             answers[which].append(replace(its[0], seconds=seconds))
     return answers
 
 
-def step_cost(target: Session, drafter: Drafter, ids: list[int], cell: Cell) -> Cost:
-    """Time the steps of a round by themselves, alternating, on one prompt's ids."""
-    begin = target.start([ids])[0]
+def step_cost(
+    target: Session, drafter: Drafter, ids: list[int], cell: Cell
+) -> Cost | None:
+    """Time the steps of a round by themselves, alternating, on one prompt's ids.
+
+    None where a model has not enough positions for that.
+    """
     vocabulary, size = target.vocabulary, cell.num_draft
-    if target.positions and len(begin) + COST_PREFIX + size > target.positions:
-        raise InputError(f"the prompt leaves no positions for {size} draft tokens")
+    for positions in (target.positions, drafter.positions):
+        if positions and len(ids) + COST_PREFIX + size > positions:
+            return None
+    begin = target.start([ids])[0]
     rng = np.random.default_rng(0)
     sequence = [*begin, *rng.integers(0, vocabulary, COST_PREFIX).tolist()]
     # A decoder-only model has its prompt's tokens already, but the last.
@@ -258,8 +279,11 @@ def step_cost(target: Session, drafter: Drafter, ids: list[int], cell: Cell) -> 
 
 def speedup(
     base: list[Answer], other: list[Answer], seed: int = 0
-) -> tuple[float, float, float]:
-    """Seconds per token of ``base`` over those of ``other``: ratio, 95 % interval."""
+) -> tuple[float, float | None, float | None]:
+    """Seconds per token of ``base`` over those of ``other``: ratio, 95 % interval.
+
+    No interval from fewer than ``FEWEST`` prompts: a bootstrap would find it too small.
+    """
     each = np.array(
         [
             [a.seconds, len(a.tokens), b.seconds, len(b.tokens)]
@@ -270,6 +294,8 @@ def speedup(
     def ratio(sums: np.ndarray) -> np.ndarray:
         return (sums[..., 0] / sums[..., 1]) / (sums[..., 2] / sums[..., 3])
 
+    if len(each) < FEWEST:
+        return float(ratio(each.sum(axis=0))), None, None
     rng = np.random.default_rng(seed)
     drawn = each[rng.integers(0, len(each), (RESAMPLES, len(each)))].sum(axis=1)
     low, high = np.percentile(ratio(drawn), [2.5, 97.5])
@@ -367,7 +393,7 @@ def _shown(value: float | None, form: str) -> str:
 
 COLUMNS = (
     ("speed-up", 8, lambda r: f"{r.speedup:.2f}"),
-    ("95 %", 11, lambda r: f"{r.low:.2f}-{r.high:.2f}"),
+    ("95 %", 11, lambda r: "" if r.low is None else f"{r.low:.2f}-{r.high:.2f}"),
     ("tokens/s", 8, lambda r: f"{r.tokens_per_second:.1f}"),
     ("per pass", 8, lambda r: _shown(r.tokens_per_round, ".2f")),
     ("alpha", 6, lambda r: _shown(r.alpha, ".3f")),
@@ -423,23 +449,27 @@ def plot(rows: list[Row], path: Path, title: str) -> None:
         lines.setdefault((row.temperature, getattr(row, other)), []).append(row)
     quality = None
     for number, ((temperature, value), its) in enumerate(lines.items()):
+        its.sort(key=lambda row: getattr(row, x))
         name = f"temperature {temperature:g}"
         if not by_delta and value:
             name += f", delta {value:g}"
         places = [getattr(row, x) for row in its]
         measured = [row.speedup for row in its]
-        spread = [
-            [row.speedup - row.low for row in its],
-            [row.high - row.speedup for row in its],
-        ]
+        spread = None
+        if its[0].low is not None:
+            spread = [
+                [row.speedup - row.low for row in its],
+                [row.high - row.speedup for row in its],
+            ]
         style = {"color": f"C{number}", "marker": "o", "capsize": 2}
         axes.errorbar(places, measured, spread, label=name, **style)
         if not by_delta:
             predicted = [(row.num_draft, row.expected) for row in its if row.expected]
             style = {"color": f"C{number}", "linestyle": "--"}
-            axes.plot(
-                *zip(*predicted, strict=True), label="expected of decoding", **style
-            )
+            if predicted:
+                axes.plot(
+                    *zip(*predicted, strict=True), label="expected of decoding", **style
+                )
         elif all(row.bleu is not None for row in its):
             quality = quality or axes.twinx()
             quality.set_ylabel("sacreBLEU (dotted)")
@@ -448,7 +478,8 @@ def plot(rows: list[Row], path: Path, title: str) -> None:
     for number, row in enumerate(row for row in rows if row.num_draft is None):
         style = {"color": f"C{number + len(lines)}", "linestyle": ":"}
         axes.axhline(row.speedup, label=row.name, **style)
-    axes.legend(fontsize="small", loc="lower right" if by_delta else "best")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize="small", loc="lower right" if by_delta else "best")
     figure.savefig(path, dpi=150)
 
 
@@ -456,31 +487,34 @@ def read_prompts(path: Path, limit: int | None) -> dict[str, list[str]]:
     """The prompts of a file, each once, with what it has of references.
 
     A line is a prompt, or a prompt, a tab and a reference, or a JSON object with
-    "prompt" and maybe "reference".
+    "prompt" and maybe "reference", one or a list of them.
 
     Raises:
         InputError: the file cannot be read, or a line is none of these.
     """
     try:
-        lines = path.read_text("utf-8").split("\n")
+        lines = path.read_text("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {error}") from None
     prompts: dict[str, list[str]] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        prompt, _, reference = line.partition("\t")
+        prompt, _, given = line.partition("\t")
         if line.startswith("{"):
             try:
                 value = json.loads(line)
-                prompt, reference = value["prompt"], value.get("reference", "")
-            except (ValueError, KeyError, TypeError, AttributeError):
+                prompt, given = value["prompt"], value.get("reference")
+            except (ValueError, KeyError, TypeError):
                 prompt = None
-        if not isinstance(prompt, str) or not isinstance(reference, str):
+        if not isinstance(prompt, str):
             raise InputError(f'{path}, line {number}: no JSON object with "prompt"')
         if not prompt.strip():
             raise InputError(f"{path}, line {number}: an empty prompt")
-        prompts.setdefault(prompt, []).extend([reference] if reference else [])
+        references = given if isinstance(given, list) else [given] if given else []
+        if not all(isinstance(each, str) for each in references):
+            raise InputError(f"{path}, line {number}: a reference that is no text")
+        prompts.setdefault(prompt, []).extend(references)
     if not prompts:
         raise InputError(f"{path} has no prompts")
     return dict(islice(prompts.items(), limit))
@@ -574,9 +608,16 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
     )
     add = simulation.add_argument
     add("--simulate-alpha", type=probability, metavar="A")
-    add("--target-config", metavar="NAME", default="t5-11b")
-    add("--draft-config", metavar="NAME", default="t5-small")
-    return parser.parse_args(arguments)
+    shape = "a size by name, or a config.json (default: %s)"
+    add("--target-config", metavar="NAME", help=shape % TARGET_CONFIG)
+    add("--draft-config", metavar="NAME", help=shape % DRAFT_CONFIG)
+    args = parser.parse_args(arguments)
+    if args.simulate_alpha is None and (args.target_config or args.draft_config):
+        raise InputError(
+            "--target-config and --draft-config are for a simulation: give "
+            "--simulate-alpha as well"
+        )
+    return args
 
 
 def cells(args: Namespace) -> list[Cell]:
@@ -620,11 +661,11 @@ def _measured(args: Namespace, swept: list[Cell], about: dict[str, Any]) -> list
     references = read_prompts(args.prompts, args.limit)
     prompts = list(references)
     sacrebleu(prompts, list(references.values()))  # if it is missing, say so now
+    max_tokens = _room_for(swept, args.max_tokens or MAX_TOKENS)
     args.regular_decode = False
     pair = load_pair(args)
     if pair.drafter is None and any(cell.num_draft for cell in swept):
         raise InputError("there is no draft to measure: name one with --draft-model")
-    max_tokens = args.max_tokens or MAX_TOKENS
     variants = [ours(pair, cell, max_tokens) for cell in swept]
     for name in args.baseline:
         if name == MLX_LM:
@@ -643,10 +684,22 @@ def _measured(args: Namespace, swept: list[Cell], about: dict[str, Any]) -> list
     about |= {"prompts": len(prompts), "max_tokens": max_tokens}
     _say_all(about)
     answers = measure(variants, prompts, args.repeats)
+    about["prompts"] = len(answers[0])
     ids = pair.tokenizer.encode(prompts[0])
     return _rows(
         variants, answers, list(references.values()), pair.target, pair.drafter, ids
     )
+
+
+def _room_for(swept: list[Cell], max_tokens: int) -> int:
+    """``max_tokens``, if every cell's drafts fit."""
+    most = max(cell.num_draft for cell in swept)
+    if most >= max_tokens:
+        raise InputError(
+            f"of {max_tokens} tokens at most {max_tokens - 1} can be drafted: give a "
+            f"smaller --num-draft than {most}, or a larger --max-tokens"
+        )
+    return max_tokens
 
 
 def _simulated(args: Namespace, swept: list[Cell], about: dict[str, Any]) -> list[Row]:
@@ -658,17 +711,19 @@ def _simulated(args: Namespace, swept: list[Cell], about: dict[str, Any]) -> lis
             "--simulate-alpha decides what is accepted: it goes with neither --delta "
             "nor --temperature nor --baseline"
         )
-    max_tokens = args.max_tokens or SIMULATED_TOKENS
+    max_tokens = _room_for(swept, args.max_tokens or SIMULATED_TOKENS)
+    target, draft = (
+        args.target_config or TARGET_CONFIG,
+        args.draft_config or DRAFT_CONFIG,
+    )
     count = args.limit or SIMULATED_PROMPTS
     about["simulation"] = (
-        f"SIMULATION: random weights in the shapes of {args.target_config} and "
-        f"{args.draft_config}, alpha {args.simulate_alpha:g} by construction"
+        f"SIMULATION: random weights in the shapes of {target} and {draft}, alpha "
+        f"{args.simulate_alpha:g} by construction"
     )
     about |= {"prompts": count, "max_tokens": max_tokens}
     _say_all(about)
-    pair = SimulatedPair(
-        args.target_config, args.draft_config, args.simulate_alpha, max_tokens
-    )
+    pair = SimulatedPair(target, draft, args.simulate_alpha, max_tokens)
     prompts = [str(number) for number in range(count)]
 
     def simulated(cell: Cell) -> Variant:
@@ -683,6 +738,7 @@ def _simulated(args: Namespace, swept: list[Cell], about: dict[str, Any]) -> lis
     for number in range(count):
         pair.prepare(number)
     answers = measure(variants, prompts, args.repeats)
+    about["prompts"] = len(answers[0])
     none = [[] for _ in prompts]
     return _rows(variants, answers, none, pair.target, pair.drafter, pair.prompt(0))
 
@@ -707,7 +763,7 @@ def _rows(
         if variant.cell and variant.cell.num_draft:
             cost = step_cost(target, drafter, ids, variant.cell)
         base = plain[Cell(0, 0.0, variant.temperature)]
-        rows.append(summarise(variant, its, base, references, cost))
+        rows.append(summarise(variant, its, base, references[: len(its)], cost))
     return rows
 
 
@@ -723,8 +779,8 @@ def _need_matplotlib(path: Path | None) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise InputError("--plot needs matplotlib: pip install matplotlib") from None
-    kinds = Figure().canvas.get_supported_filetypes()
-    if path.suffix[1:] not in kinds:
+    kinds = Figure().canvas.get_supported_filetypes().keys() - {"pgf"}  # needs TeX
+    if path.suffix[1:].lower() not in kinds:
         raise InputError(f"{path}: a plot is one of {', '.join(sorted(kinds))}")
 
 

@@ -236,6 +236,11 @@ class CausalSession:
                 cache.trim(cache.offset - lengths[0])
         self.lengths = list(lengths)
 
+    def forget(self) -> None:
+        """Drop the batch and its caches: nothing of it is kept for the next prompt."""
+        self._caches, self._fed = self._new_caches(), []
+        self.lengths = []
+
     def _reuse(self, prompt: list[int]) -> int:
         """Keep of the cache what ``prompt`` begins with; how many positions that is."""
         held: list[int] = []

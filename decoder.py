@@ -159,8 +159,9 @@ def generate(
         drafter: who guesses; None, or ``num_draft`` 0, decodes with the target alone.
         prompts: B lists of token ids, none empty.
         eos_tokens: ids that end a row; the one produced is part of its tokens.
-        max_tokens: the most tokens a row may get, end-of-sequence counted. Models with
-            a limited number of positions may end a row earlier.
+        max_tokens: the most tokens a row may get, end-of-sequence counted. A target
+            with a limited number of positions may end a row earlier. Where a draft's
+            positions end, the target goes on alone.
         num_draft: K, draft tokens per round.
         delta: how far the text may leave the target's, see
             :func:`acceptance.verify_greedy` and :func:`acceptance.verify`; at 0 it is
@@ -177,8 +178,9 @@ def generate(
     """
     check_options(max_tokens, num_draft, delta)
     num_draft = min(num_draft, max_tokens - 1) if drafter else 0
-    if num_draft == 0:
-        drafter = None
+    reach = (drafter and drafter.positions) or sys.maxsize
+    if num_draft == 0 or max(map(len, prompts)) >= reach:
+        drafter, num_draft = None, 0
     mx.reset_peak_memory()
     started = time.perf_counter()
     sequences = [list(first) for first in target.start(prompts)]
@@ -194,8 +196,8 @@ def generate(
         streams=streams,
     )
 
-    ends = [target.positions, drafter.positions if drafter else None]
-    room = min((end for end in ends if end), default=sys.maxsize)
+    room = target.positions or sys.maxsize
+    reach = min(reach, room)
     rows = [
         _Row(
             row,
@@ -221,10 +223,10 @@ def generate(
             current = ahead
         else:
             # A row without room would be fed what it has no positions for.
-            size = min(num_draft, left - 1, room - max(map(len, sequences)))
+            size = min(num_draft, left - 1, reach - max(map(len, sequences)))
             chooser = choices.begin(sequences)
             draft = None
-            if drafter and size:
+            if drafter and size > 0:
                 draft = drafter.propose(sequences, size, chooser)
                 draft.counts = _counts(draft, rows)
             current = launch(target, chooser, draft, delta)

@@ -53,6 +53,9 @@ class Session(Protocol):
     def rewind(self, lengths: list[int]) -> None:
         """Forget all but the first ``lengths[b]`` cached positions of each row b."""
 
+    def forget(self) -> None:
+        """Drop the batch: the next one reuses nothing of it."""
+
 
 class Drafter(Protocol):
     """Anything that can guess how a text goes on.

@@ -7,6 +7,7 @@ Anything else that escapes is a defect of this program and keeps its traceback.
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -31,6 +32,8 @@ def run(main: Callable[[], None], name: str) -> int:
     130 after Ctrl-C.
     """
     status = 0
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
         sys.stdout.flush()

@@ -47,7 +47,8 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
         metavar="NAME",
         help="target: a converted T5's folder, or its name in models/; or a "
         "decoder-only model, a folder or a name on the hub "
-        "(default: t5-11b with t5-small, where both are converted)",
+        "(default: t5-11b with t5-small where both are converted, else the bundled "
+        "pair)",
     )
     add(
         "--draft-model",
@@ -247,7 +248,8 @@ def read_prompts(prompt: str | None) -> Iterator[str]:
     # Bytes that are not UTF-8 are named when their prompt's turn comes.
     sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     for line in sys.stdin:
-        yield line.rstrip("\n")
+        if line.strip():
+            yield line.rstrip("\r\n")
 
 
 def write_text(answer: "Generation", color: bool) -> None:
@@ -304,7 +306,11 @@ def report(stats: "Stats", verbose: bool) -> None:
         say(f"rounds by draft tokens committed: {stats.accept_histogram}")
 
 
-def compare(answer: Callable[[int], list["Generation"]], num_draft: int) -> None:
+def compare(
+    answer: Callable[[int], list["Generation"]],
+    num_draft: int,
+    forget: Callable[[], None],
+) -> None:
     """Say by how much drafting is faster here, encoding included.
 
     Decodes with and without in turn: once each, oftener while that takes no second.
@@ -313,6 +319,7 @@ def compare(answer: Callable[[int], list["Generation"]], num_draft: int) -> None
     Args:
         answer: begins the answers to the prompt, with that many draft tokens.
         num_draft: how many to compare with none.
+        forget: drops what is cached of the answer before.
     """
     from statistics import median
     from time import perf_counter
@@ -325,6 +332,7 @@ def compare(answer: Callable[[int], list["Generation"]], num_draft: int) -> None
     while not texts or (perf_counter() - began < 1 and len(seconds[0]) < 15):
         for drafts, its in seconds.items():
             mx.synchronize()  # a GPU may still be at what the run before queued
+            forget()
             start = perf_counter()
             done = [one.finish() for one in answer(drafts)]
             its.append(perf_counter() - start)
@@ -358,6 +366,12 @@ def main() -> None:
 
     if arguments.interactive and (arguments.prompt is not None or arguments.compare):
         raise InputError("--interactive goes with neither --prompt nor --compare")
+    if arguments.compare and (
+        arguments.regular_decode
+        or arguments.num_draft == 0
+        or arguments.draft_model == NO_DRAFT
+    ):
+        raise InputError("--compare needs a draft to compare with the target alone")
     check_options(arguments.max_tokens, arguments.num_draft, arguments.delta)
     sampling = read_sampling(arguments)
 
@@ -419,8 +433,8 @@ def main() -> None:
         write(answers)
         if not arguments.json or arguments.verbose:
             figures(answers)
-        if arguments.compare and pair.drafter:
-            compare(partial(answer, number, prompt), arguments.num_draft)
+        if arguments.compare:
+            compare(partial(answer, number, prompt), arguments.num_draft, pair.forget)
 
 
 if __name__ == "__main__":

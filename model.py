@@ -249,6 +249,10 @@ class Stack(nn.Module):
             self.position_bias = [PositionBias(config, bidirectional) for _ in layers]
         self.norm = Norm(config.d_model, config.epsilon)
 
+    @property
+    def bias_count(self) -> int:
+        return len(self.position_bias) if isinstance(self.position_bias, list) else 1
+
     def biases(self, distances: np.ndarray) -> list[mx.array]:
         """The bias (H, N) by distance (N,), one for each layer or one for all."""
         if isinstance(self.position_bias, list):
@@ -298,8 +302,8 @@ class T5(nn.Module):
         x = self._embed(tokens)
         batch, length = tokens.shape
         # One row of bias per distance, gathered to a square: [i, j] is at j - i.
-        square = np.arange(length)[None, :] - np.arange(length)[:, None] + length - 1
-        square = mx.array(square.astype(np.int32))
+        places = np.arange(length, dtype=np.int32)
+        square = mx.array(places[None, :] - places[:, None] + np.int32(length - 1))
         biases = []
         for by_distance in self.encoder.biases(np.arange(1 - length, length)):
             bias = mx.take(by_distance, square, axis=1)[None]
@@ -411,6 +415,7 @@ class T5Session:
         self.vocabulary = min(vocabulary or math.inf, model.config.vocab_size)
         self.positions = None  # a relative position bias has no end
         self.lengths: list[int] = []
+        self._caches: list[LayerCache] = []
         self._bias_of: dict[int, list[mx.array]] = {}  # by capacity
         self._ban: mx.array | None = None
         if banned:
@@ -425,12 +430,14 @@ class T5Session:
             For each row the tokens that decoding starts from.
 
         Raises:
-            InputError: an empty prompt, or an id that the embedding has no row for.
+            InputError: an empty prompt, an id that the embedding has no row for, or a
+                prompt too long for the memory.
         """
         check_prompts(prompts, self.model.config.vocab_size)
         once: dict[tuple[int, ...], int] = {}
         copy_of = [once.setdefault(tuple(prompt), len(once)) for prompt in prompts]
         longest = max(map(len, once))
+        self._check_length(longest)
         tokens = np.zeros((len(once), longest), np.int32)
         padding = np.full((len(once), 1, 1, longest), -np.inf, np.float32)
         for row, prompt in enumerate(once):
@@ -484,6 +491,23 @@ class T5Session:
         """
         check_rewind(self.lengths, lengths)
         self.lengths = list(lengths)
+
+    def forget(self) -> None:
+        """Drop the batch and its caches."""
+        self.lengths, self._caches = [], []
+
+    def _check_length(self, length: int) -> None:
+        """Every head has a position bias for every two tokens of the prompt."""
+        limit = memory_limit()
+        encoder = self.model.encoder
+        squares = encoder.bias_count * self.model.config.num_heads
+        size = squares * length**2 * self.model.dtype.size
+        if limit and mx.get_active_memory() + size > limit:
+            raise InputError(
+                f"the prompt has {length:,} tokens, for which attention needs "
+                f"{size / 1e9:.1f} GB, and this machine has {limit / 1e9:.1f} GB for "
+                f"weights and all: shorten it"
+            )
 
     def _reserve(self, length: int) -> None:
         """Make room for ``length`` positions, zeroed: masked NaN would still spread."""
@@ -607,20 +631,31 @@ def prepare_memory(size: int, folder: Path) -> None:
     Raises:
         InputError: they do not fit.
     """
+    limit = memory_limit()
     if mx.metal.is_available():
-        limit = int(mx.device_info()["max_recommended_working_set_size"])
         mx.set_wired_limit(limit)
-    elif mx.default_device() == mx.cpu:
-        limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    else:
-        return  # CUDA says so itself, and can page
-    if mx.get_active_memory() + size > limit:
+    if limit and mx.get_active_memory() + size > limit:
+        advice = "take a smaller model"
+        if mx.default_device() == mx.cpu:
+            advice += ": a CPU computes in float32, whatever the weights are stored in"
+        else:
+            advice += (
+                ", or convert this one with -q, or with --dtype bfloat16 if it is "
+                "stored in float32"
+            )
         raise InputError(
             f"{folder} needs {size / 1e9:.1f} GB for its weights, and this machine has "
-            f"{limit / 1e9:.1f} GB for them: take a smaller model, or convert this one "
-            f"with -q, or with --dtype bfloat16 if it is stored in float32 (a CPU "
-            f"computes in float32 in any case)"
+            f"{limit / 1e9:.1f} GB for them: {advice}"
         )
+
+
+def memory_limit() -> int | None:
+    """The bytes that the device can use well; None where it has to say so itself."""
+    if mx.metal.is_available():
+        return int(mx.device_info()["max_recommended_working_set_size"])
+    if mx.default_device() == mx.cpu:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None  # CUDA can page
 
 
 def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

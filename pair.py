@@ -216,6 +216,15 @@ class Pair:
         text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
         return [Generation(text, row, decode) for row in _by_row(commits, count)]
 
+    def forget(self) -> None:
+        """Drop what is cached: the next prompt is encoded whole.
+
+        Decoder-only models keep what it has in common with the last one.
+        """
+        self.target.forget()
+        if isinstance(self.drafter, ModelDrafter):
+            self.drafter.session.forget()
+
     def _decode_with_special(self, tokens: list[int]) -> str:
         padding = self.tokenizer.ids.get("<pad>")
         silent = {*self.eos_tokens, padding}

@@ -29,309 +29,28 @@ import json
 import sys
 import time
 from argparse import Namespace, RawDescriptionHelpFormatter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sentencepiece
 import torch
-from torch.nn.functional import softmax
 from transformers import (
     AutoTokenizer,
-    DynamicCache,
-    EncoderDecoderCache,
     GenerationConfig,
     PreTrainedTokenizerBase,
     T5Config,
     T5ForConditionalGeneration,
-    T5Tokenizer,
 )
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from demo import corpus
+from demo.corpus import Batch, Examples, say
 from errors import InputError, Parser, run
 
-HELD_OUT = 1000  # examples kept from training, to measure on
-SENTINELS = 100  # <extra_id_0> …, as every T5 has them
-TOP = 8  # how many of the teacher's probabilities are kept per position
-LABEL_TOKENS = 8192  # source tokens that the teacher answers at once
 WARM_UP = 0.03  # share of the budget in which the learning rate rises
-
-
-@dataclass
-class Examples:
-    """Tokenized training text, flat: example i is [starts[i], starts[i + 1]).
-
-    Attributes:
-        sources: the sources' ids, end-of-sequence included, one after the other.
-        source_starts: (N + 1,).
-        targets: the targets' ids, likewise.
-        target_starts: (N + 1,).
-        top_ids, top_probs: (target ids, k): what the loss expects at each position.
-            From text alone, k = 1: the target's id, with probability 1.
-    """
-
-    sources: np.ndarray
-    source_starts: np.ndarray
-    targets: np.ndarray
-    target_starts: np.ndarray
-    top_ids: np.ndarray
-    top_probs: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.source_starts) - 1
-
-
-@dataclass
-class Batch:
-    """B examples of about the same length, padded: S source and T target positions.
-
-    ``sources`` (B, S), ``mask`` (B, S), ``inputs`` (B, T): the targets moved right by
-    one; ``targets`` (B, T), -1 at padding; ``top_ids`` (B, T, k), ``top_probs``
-    (B, T, k), 0 at padding.
-    """
-
-    sources: torch.Tensor
-    mask: torch.Tensor
-    inputs: torch.Tensor
-    targets: torch.Tensor
-    top_ids: torch.Tensor
-    top_probs: torch.Tensor
-
-
-def flat(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    starts = np.cumsum([0, *map(len, rows)])
-    return np.concatenate([np.asarray(row, np.int32) for row in rows]), starts
-
-
-def read_columns(path: Path, columns: int) -> list[list[str]]:
-    """The first columns of a tab-separated file, empty lines left out.
-
-    Raises:
-        InputError: it cannot be read, a line has fewer columns, or there are too few
-            different sources.
-    """
-    try:
-        lines = path.read_text("utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {error}") from None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        row = line.split("\t")[:columns]
-        if line.strip():
-            if len(row) < columns or not all(map(str.strip, row)):
-                raise InputError(f"{path}, line {number}: no source, tab and target")
-            rows.append(row)
-    sources = len({row[0] for row in rows})
-    if sources <= HELD_OUT:
-        raise InputError(
-            f"{path}: {sources} different sources are too few: {HELD_OUT} are held out"
-        )
-    return rows
-
-
-def learn_tokenizer(
-    rows: list[list[str]], size: int, output: Path
-) -> PreTrainedTokenizerBase:
-    """A SentencePiece unigram tokenizer of the rows' text, in T5's conventions."""
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter([text for row in rows for text in row]),
-            model_prefix=str(output / "spiece"),
-            vocab_size=size - SENTINELS,
-            hard_vocab_limit=False,  # fewer pieces, where the text has no more
-            character_coverage=1.0,
-            pad_id=0,
-            eos_id=1,
-            unk_id=2,
-            bos_id=-1,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        raise InputError(f"no tokenizer with --vocabulary {size}: {error}") from None
-    return T5Tokenizer.from_pretrained(output, extra_ids=SENTINELS)
-
-
-def from_text(rows: list[list[str]], tokenizer: PreTrainedTokenizerBase) -> Examples:
-    """Examples whose targets are the text's own."""
-    sources, source_starts = flat(tokenizer([row[0] for row in rows]).input_ids)
-    targets, target_starts = flat(tokenizer([row[1] for row in rows]).input_ids)
-    ones = np.ones((len(targets), 1), np.float16)
-    return Examples(
-        sources, source_starts, targets, target_starts, targets[:, None], ones
-    )
-
-
-@torch.inference_mode()
-def from_teacher(
-    sources: list[str],
-    teacher: T5ForConditionalGeneration,
-    tokenizer: PreTrainedTokenizerBase,
-    device: torch.device,
-    max_tokens: int,
-) -> Examples:
-    """Examples whose targets are the teacher's greedy output, with its probabilities.
-
-    Ids that the tokenizer has no token for are never written. Answers that did not end
-    within ``max_tokens`` are left out: most are loops.
-
-    Raises:
-        InputError: the teacher ended none, or its logits are not finite.
-    """
-    vocabulary = used_ids(tokenizer, teacher.config.vocab_size)
-    ban = torch.full((1 + max(vocabulary),), -torch.inf, device=device)
-    ban[vocabulary] = 0
-    special = special_ids(teacher.config, teacher.generation_config)
-    ends = np.atleast_1d(special["eos_token_id"])
-    # The longest first: if memory does not do, that shows at once.
-    ids = sorted(tokenizer(sorted(set(sources))).input_ids, key=len, reverse=True)
-    rows, targets, top_ids, top_probs = [], [], [], []
-    began = said = time.monotonic()
-    done = 0
-    while done < len(ids):
-        chunk = ids[done : done + max(LABEL_TOKENS // len(ids[done]), 1)]
-        inputs, mask = padded(chunk, device)
-        # Its own cache: generate() takes its depth from the encoder.
-        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        encoded = teacher.encoder(input_ids=inputs, attention_mask=mask)
-        tokens = torch.full(
-            (len(chunk), 1), special["decoder_start_token_id"], device=device
-        )
-        answers = [([], []) for _ in chunk]
-        decoding = np.arange(len(chunk))  # which of the chunk the cache's rows are
-        going = np.ones(len(chunk), bool)  # which of these have not ended
-        for _ in range(max_tokens):
-            logits = teacher(
-                encoder_outputs=encoded,
-                attention_mask=mask,
-                decoder_input_ids=tokens,
-                past_key_values=cache,
-                use_cache=True,
-            ).logits[:, -1, : len(ban)]
-            best = softmax(logits + ban, -1).topk(TOP)
-            tokens = best.indices[:, :1]
-            best_ids = best.indices.cpu().numpy().astype(np.int32)
-            best_probs = best.values.cpu().numpy().astype(np.float16)
-            if not np.isfinite(best_probs).all():
-                raise InputError("the teacher's logits are not finite: it is damaged")
-            for place in np.flatnonzero(going):
-                answer_ids, answer_probs = answers[decoding[place]]
-                answer_ids.append(best_ids[place])
-                answer_probs.append(best_probs[place])
-            going &= ~np.isin(best_ids[:, 0], ends)
-            if not going.any():
-                break
-            if going.mean() < 0.75:  # copying the caches is not free either
-                keep = torch.from_numpy(np.flatnonzero(going)).to(device)
-                cache.batch_select_indices(keep)
-                encoded.last_hidden_state = encoded.last_hidden_state[keep]
-                tokens, mask = tokens[keep], mask[keep]
-                decoding, going = decoding[going], going[going]
-        for source, (answer_ids, answer_probs) in zip(chunk, answers, strict=True):
-            if answer_ids[-1][0] in ends:
-                rows.append(source)
-                targets.append([each[0] for each in answer_ids])
-                top_ids.append(np.stack(answer_ids))
-                top_probs.append(np.stack(answer_probs))
-        done += len(chunk)
-        now = time.monotonic()
-        if now - said >= 10 or done == len(ids):
-            said = now
-            left = (now - began) / done * (len(ids) - done) / 60
-            say(f"labelled {done:,} of {len(ids):,}, {left:.1f} min left at most")
-    if not rows:
-        raise InputError(
-            f"the teacher ended none of its answers within {max_tokens} tokens"
-        )
-    flat_sources, source_starts = flat(rows)
-    flat_targets, target_starts = flat(targets)
-    return Examples(
-        flat_sources,
-        source_starts,
-        flat_targets,
-        target_starts,
-        np.concatenate(top_ids),
-        np.concatenate(top_probs),
-    )
-
-
-def used_ids(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[int]:
-    """The ids below ``rows`` that stand for a token: T5's embedding has more rows."""
-    return sorted(i for i in set(tokenizer.get_vocab().values()) if i < rows)
-
-
-def special_ids(config: T5Config, generation: Any) -> dict[str, Any]:
-    """Start, padding and end-of-sequence ids of a T5, as generation takes them."""
-
-    def first(name: str, *others: Any) -> Any:
-        found = (getattr(generation, name, None), getattr(config, name, None), *others)
-        return next(value for value in found if value is not None)
-
-    pad = first("pad_token_id", 0)
-    return {
-        "pad_token_id": pad,
-        "decoder_start_token_id": first("decoder_start_token_id", pad),
-        "eos_token_id": first("eos_token_id", 1),
-    }
-
-
-def padded(
-    rows: list[list[int]], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of ids as (B, longest), padded with 0, and the mask of what is real."""
-    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.as_tensor(row)
-        mask[i, : len(row)] = 1
-    return ids.to(device), mask.to(device)
-
-
-def collate(
-    examples: Examples, chosen: np.ndarray, start: int, device: torch.device
-) -> Batch:
-    def spans(starts: np.ndarray) -> np.ndarray:
-        """(B, longest) positions into the flat array; -1 is padding."""
-        lengths = starts[chosen + 1] - starts[chosen]
-        steps = np.arange(lengths.max())
-        return np.where(steps < lengths[:, None], starts[chosen][:, None] + steps, -1)
-
-    source_at = spans(examples.source_starts)
-    target_at = spans(examples.target_starts)
-    real = target_at >= 0
-    targets = np.where(real, examples.targets[target_at], 0)
-    inputs = np.concatenate([np.full((len(chosen), 1), start), targets[:, :-1]], 1)
-    probs = examples.top_probs[target_at].astype(np.float32) * real[..., None]
-
-    def tensor(array: np.ndarray) -> torch.Tensor:
-        array = torch.from_numpy(np.ascontiguousarray(array))
-        return (array if array.is_floating_point() else array.long()).to(device)
-
-    return Batch(
-        sources=tensor(np.where(source_at >= 0, examples.sources[source_at], 0)),
-        mask=tensor(source_at >= 0),
-        inputs=tensor(inputs),
-        targets=tensor(np.where(real, targets, -1)),
-        top_ids=tensor(examples.top_ids[target_at]),
-        top_probs=tensor(probs),
-    )
-
-
-def epoch_order(
-    examples: Examples, among: np.ndarray, size: int, seed: int
-) -> list[np.ndarray]:
-    """The batches of one pass, each of examples of about the same length."""
-    rng = np.random.default_rng(seed)
-    lengths = np.diff(examples.target_starts) * 1000 + np.diff(examples.source_starts)
-    order = rng.permutation(among)
-    batches = []
-    for first in range(0, len(order), 64 * size):
-        pool = order[first : first + 64 * size]
-        pool = pool[np.argsort(lengths[pool], kind="stable")]
-        batches += [pool[i : i + size] for i in range(0, len(pool), size)]
-    return [batches[i] for i in rng.permutation(len(batches))]
 
 
 def measure(
@@ -356,19 +75,6 @@ def measure(
         q = (chosen - total[..., None]).exp()
         overlap = torch.minimum(batch.top_probs, q).sum()
     return loss, (batch.targets >= 0).sum(), hits, overlap
-
-
-def split(examples: Examples, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which examples are held out and which not: all of a source, or none."""
-    starts = examples.source_starts
-    groups: dict[bytes, list[int]] = {}
-    for i in range(len(examples)):
-        source = examples.sources[starts[i] : starts[i + 1]]
-        groups.setdefault(source.tobytes(), []).append(i)
-    order = np.random.default_rng(seed).permutation(len(groups))
-    members = list(groups.values())
-    held_out = np.array([i for g in order[:HELD_OUT] for i in members[g]])
-    return held_out, np.setdiff1d(np.arange(len(examples)), held_out)
 
 
 class Muon(torch.optim.Optimizer):
@@ -421,55 +127,61 @@ class Muon(torch.optim.Optimizer):
         return x.mT if tall else x
 
 
+def optimizers(
+    model: T5ForConditionalGeneration, args: Namespace
+) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices between the layers, AdamW for everything else."""
+    embedding = model.get_input_embeddings().weight
+    head = model.get_output_embeddings().weight
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        if parameter is embedding:
+            continue
+        inner = parameter.ndim == 2 and parameter is not head
+        inner = inner and "relative_attention_bias" not in name
+        (matrices if inner else others).append(parameter)
+    muon = Muon(matrices)
+    muon.param_groups[0]["peak"] = args.matrix_rate
+    adam = torch.optim.AdamW(
+        [
+            # T5 starts its embedding at that much larger values.
+            {"params": [embedding], "peak": 10 * args.learning_rate},
+            {"params": others, "peak": args.learning_rate},
+        ],
+        betas=(0.9, 0.98),
+        weight_decay=0.0,
+    )
+    return [muon, adam]
+
+
 class Trainer:
-    """One run: model, optimizer, and where in time and data it stands."""
+    """One run: models, optimizers, and where in time and data it stands."""
 
     def __init__(
         self,
-        model: T5ForConditionalGeneration,
+        models: list[T5ForConditionalGeneration],
+        sums: Callable[[Batch], tuple[torch.Tensor, ...]],
         examples: Examples,
         args: Namespace,
         device: torch.device,
     ):
-        self.model = model.to(device)
+        """
+        Args:
+            models: what is trained, without dropout.
+            sums: of a batch, as :func:`measure` gives them; the first is the loss.
+        """
+        self.models = torch.nn.ModuleList(models).to(device).eval()
+        self.sums = sums
         self.examples = examples
         self.args = args
         self.device = device
         self.elapsed = 0.0  # seconds of training, over all runs
         self.epoch = 0
         self.batch = 0  # within the epoch
-        self.held_out, self.among = split(examples, args.seed)
-        self.optimizers = self.optimizers_of(self.model)
+        self.held_out, self.among = corpus.split(examples, args.seed)
+        self.optimizers = [each for model in models for each in optimizers(model, args)]
         self.folder = args.output / "training"
         self.folder.mkdir(parents=True, exist_ok=True)
-
-    def optimizers_of(
-        self, model: T5ForConditionalGeneration
-    ) -> list[torch.optim.Optimizer]:
-        """Muon for the matrices between the layers, AdamW for everything else."""
-        embedding = model.get_input_embeddings().weight
-        head = model.get_output_embeddings().weight
-        matrices, others = [], []
-        for name, parameter in model.named_parameters():
-            if parameter is embedding:
-                continue
-            inner = parameter.ndim == 2 and parameter is not head
-            inner = inner and "relative_attention_bias" not in name
-            (matrices if inner else others).append(parameter)
-        optimizers = [
-            Muon(matrices),
-            torch.optim.AdamW(
-                [
-                    # T5 starts its embedding at that much larger values.
-                    {"params": [embedding], "peak": 10 * self.args.learning_rate},
-                    {"params": others, "peak": self.args.learning_rate},
-                ],
-                betas=(0.9, 0.98),
-                weight_decay=0.0,
-            ),
-        ]
-        optimizers[0].param_groups[0]["peak"] = self.args.matrix_rate
-        return optimizers
 
     def resume(self) -> bool:
         """Go on where ``training/state.pt`` was left; false if there is none."""
@@ -477,7 +189,7 @@ class Trainer:
         if not path.exists():
             return False
         state = torch.load(path, map_location=self.device, weights_only=True)
-        self.model.load_state_dict(state["model"])
+        self.models.load_state_dict(state["models"])
         for optimizer, its in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(its)
         self.elapsed, self.epoch, self.batch = state["at"]
@@ -485,7 +197,7 @@ class Trainer:
 
     def save(self) -> None:
         state = {
-            "model": self.model.state_dict(),
+            "models": self.models.state_dict(),
             "optimizers": [each.state_dict() for each in self.optimizers],
             "at": (self.elapsed, self.epoch, self.batch),
         }
@@ -493,23 +205,19 @@ class Trainer:
         torch.save(state, self.folder / "state.new")
         (self.folder / "state.new").replace(self.folder / "state.pt")
 
-    @property
-    def config(self) -> T5Config:
-        return self.model.config
-
-    def measure(self, batch: Batch) -> tuple[torch.Tensor, ...]:
-        return measure(self.model, batch)
+    def collate(self, chosen: np.ndarray) -> Batch:
+        start = self.models[0].config.decoder_start_token_id
+        return corpus.collate(self.examples, chosen, start, self.device)
 
     def batches(self) -> Iterator[Batch]:
         """Endless, from where the run stands."""
-        start = self.config.decoder_start_token_id
         while True:
-            order = epoch_order(
+            order = corpus.epoch_order(
                 self.examples, self.among, self.args.batch, self.args.seed + self.epoch
             )
             for chosen in order[self.batch :]:
                 self.batch += 1
-                yield collate(self.examples, chosen, start, self.device)
+                yield self.collate(chosen)
             self.epoch += 1
             self.batch = 0
 
@@ -527,9 +235,9 @@ class Trainer:
                 group["lr"] = group["peak"] * rate
             optimizer.zero_grad()
         with self.autocast():
-            loss, tokens, *_ = self.measure(batch)
+            loss, tokens, *_ = self.sums(batch)
         (loss / tokens).backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(self.models.parameters(), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
         return loss.item(), int(tokens)
@@ -537,12 +245,11 @@ class Trainer:
     @torch.inference_mode()
     def evaluate(self) -> tuple[float, float, float]:
         """Loss, hits and overlap (see :func:`measure`) per held-out token."""
-        start = self.config.decoder_start_token_id
         totals = torch.zeros(4)
-        for chosen in epoch_order(self.examples, self.held_out, self.args.batch, 0):
-            batch = collate(self.examples, chosen, start, self.device)
+        order = corpus.epoch_order(self.examples, self.held_out, self.args.batch, 0)
+        for chosen in order:
             with self.autocast():
-                totals += torch.stack(self.measure(batch)).cpu()
+                totals += torch.stack(self.sums(self.collate(chosen))).cpu()
         loss, tokens, hits, overlap = totals.tolist()
         return loss / tokens, hits / tokens, overlap / tokens
 
@@ -577,33 +284,15 @@ class Trainer:
         loss, hits, overlap = self.evaluate()
         self.log(held_out_loss=loss, held_out_hits=hits, held_out_overlap=overlap)
         self.save()
-        line = f"{self.elapsed / 60:.1f} min, held out: loss {loss:.3f}"
-        if self.args.teacher:
-            line += f", alpha {hits:.3f}, {overlap:.3f} at temperature 1\n"
-        else:
-            line += f", accuracy {hits:.3f}\n"
-        say(line)
+        say(
+            f"{self.elapsed / 60:.1f} min, held out: loss {loss:.3f}, "
+            f"{self.args.hits} {hits:.3f}, overlap {overlap:.3f}\n"
+        )
 
     def log(self, **values: float) -> None:
         with (self.folder / "log.jsonl").open("a") as file:
             record = {"seconds": round(self.elapsed, 1), "epoch": self.epoch, **values}
             file.write(json.dumps(record) + "\n")
-
-
-def say(line: str) -> None:
-    """One line of progress: on a terminal it replaces the one before."""
-    end = "" if sys.stderr.isatty() and not line.endswith("\n") else "\n"
-    clear = "\r\033[K" if sys.stderr.isatty() else ""
-    print(clear + line.rstrip("\n"), end=end, file=sys.stderr, flush=True)
-
-
-def keep_memory() -> None:
-    """Have glibc keep freed memory: giving it back costs a third of the time on CPU."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            libc.mallopt(-4, 0)  # M_MMAP_MAX
-            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def new_model(
@@ -615,15 +304,14 @@ def new_model(
         vocabulary: rows of the embedding.
         special: as :func:`special_ids` gives them.
     """
-    width = args.width or 192
     config = T5Config(
         vocab_size=vocabulary,
-        d_model=width,
+        d_model=args.width,
         d_kv=64,
-        num_heads=max(width // 64, 1),
-        d_ff=args.feed_forward or 4 * width,
-        num_layers=args.encoder_layers or 2,
-        num_decoder_layers=args.decoder_layers or 10,
+        num_heads=max(args.width // 64, 1),
+        d_ff=args.feed_forward,
+        num_layers=args.encoder_layers,
+        num_decoder_layers=args.decoder_layers,
         feed_forward_proj="gated-gelu" if args.v1_1 else "relu",
         tie_word_embeddings=not args.v1_1,
         dropout_rate=0.0,
@@ -632,7 +320,7 @@ def new_model(
     model = T5ForConditionalGeneration(config)
     if args.v1_1:
         # transformers 5 ties the head whatever the config says.
-        head = torch.randn(vocabulary, width) * width**-0.5
+        head = torch.randn(vocabulary, args.width) * args.width**-0.5
         model.lm_head.weight = torch.nn.Parameter(head)
         model.config.tie_word_embeddings = False
     return model
@@ -682,65 +370,21 @@ def grown(
             silent = new != copies[0] and rest.endswith((".o.weight", ".wo.weight"))
             weights[f"{stack}.block.{new}.{rest}"] = weight * (not silent)
     larger = T5ForConditionalGeneration(config)
-    if not config.tie_word_embeddings:  # transformers 5 ties it whatever config says
+    if model.lm_head.weight is not model.shared.weight:  # transformers 5 ties them all
         larger.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+        larger.config.tie_word_embeddings = False
     larger.load_state_dict(weights)
     larger.generation_config = model.generation_config
     return larger
 
 
-def parser(prog: str, description: str) -> Parser:
-    """With the arguments that every training has."""
-    parser = Parser(
-        prog=prog,
-        description=description,
-        formatter_class=RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("text", type=Path, help="source, tab, target: one pair a line")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--minutes", type=float, default=60, help="of training")
-    parser.add_argument("--batch", type=int, default=256, help="pairs a step")
-    parser.add_argument("--matrix-rate", type=float, default=5e-3, help="Muon's peak")
-    parser.add_argument("--learning-rate", type=float, default=2e-3, help="of the rest")
-    parser.add_argument("--max-tokens", type=int, default=64, help="longest label")
-    parser.add_argument("--save-minutes", type=float, default=5)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--device", help="cuda, mps or cpu (default: the best there is)"
-    )
-    return parser
-
-
-def arguments() -> Namespace:
-    own = parser("train.py", __doc__)
-    own.add_argument("--teacher", type=Path, help="distil from this T5 (a folder)")
-    own.add_argument(
-        "--from", dest="start", type=Path, help="begin with this T5 (a folder)"
-    )
-    own.add_argument("--vocabulary", type=int, help="default 4096, or the teacher's")
-    own.add_argument("--width", type=int, help="d_model, 64 a head (default 192)")
-    own.add_argument("--feed-forward", type=int, help="d_ff (default 4 x width)")
-    own.add_argument("--encoder-layers", type=int, help="default 2")
-    own.add_argument("--decoder-layers", type=int, help="default 10")
-    own.add_argument("--v1-1", action="store_true", help="T5 1.1: gated, untied")
-    args = own.parse_args()
-    if args.start:
-        for name in ("vocabulary", "width", "feed_forward", "v1_1"):
-            if getattr(args, name):
-                flag = name.replace("_", "-")
-                raise InputError(f"--{flag} is given by --from: leave it out")
-    return checked(args)
-
-
-def checked(args: Namespace) -> Namespace:
-    """The arguments, none of whose numbers is one that makes no sense."""
-    for name, value in vars(args).items():
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            least = 0 if name == "seed" else 1e-9
-            if not value >= least:
-                flag = name.replace("_", "-")
-                raise InputError(f"--{flag} is {value}: it has to be above 0")
-    return args
+def keep_memory() -> None:
+    """Have glibc keep freed memory: giving it back costs a third of the time on CPU."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(-4, 0)  # M_MMAP_MAX
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -753,6 +397,18 @@ def choose_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"no device '{name}' here: {reason}") from None
+
+
+def prepare(args: Namespace) -> torch.device:
+    """The device to train on, set up."""
+    device = choose_device(args.device)
+    if device.type == "cpu":
+        keep_memory()
+        # Before any thread is started: they inherit it. Gradients of attention that has
+        # made up its mind are denormal, which halves the speed of a CPU.
+        torch.set_flush_denormal(True)
+    torch.manual_seed(args.seed)
+    return device
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -771,9 +427,46 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
+def same_tokenizer(*folders: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that checkpoints have in common.
+
+    Raises:
+        InputError: a folder has none, or another than the first.
+    """
+    tokenizers = []
+    for folder in folders:
+        # Without a file of it transformers makes one up.
+        if not any([*folder.glob("tokenizer*"), *folder.glob("*piece*.model")]):
+            raise InputError(f"{folder} holds no tokenizer")
+        try:
+            tokenizers.append(AutoTokenizer.from_pretrained(folder))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{folder} holds no usable tokenizer: {error}") from None
+        if tokenizers[-1].get_vocab() != tokenizers[0].get_vocab():
+            raise InputError(f"{folder} and {folders[0]} have different tokenizers")
+    return tokenizers[0]
+
+
+def check_t5(folder: Path) -> None:
+    """
+    Raises:
+        InputError: the folder holds no checkpoint of a T5.
+    """
+    weight_files(folder)
+    kind = json.loads((folder / "config.json").read_text("utf-8")).get("model_type")
+    if kind != "t5":
+        raise InputError(f"{folder} holds a model of type {kind}, not t5")
+
+
+def load_t5(folder: Path) -> T5ForConditionalGeneration:
+    check_t5(folder)
+    # In float32 as on our CPUs: rounded logits would tie, and float16 overflow.
+    return T5ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+
+
 def describe(args: Namespace) -> dict[str, Any]:
     """What a run has to have in common with the one that it goes on with."""
-    free = {"output", "minutes", "save_minutes", "device"}
+    free = {"output", "minutes", "save_minutes", "device", "hits"}
     description = {k: v for k, v in vars(args).items() if k not in free}
     for name, path in description.items():
         if name in ("text", "sources") and path:
@@ -799,13 +492,15 @@ def begin(args: Namespace) -> bool:
     if record.is_file():
         before = json.loads(record.read_text("utf-8"))
         other = sorted(k for k in description if description[k] != before.get(k))
-        if other:
+        if not other:
+            return True
+        if any((record.parent / name).exists() for name in ("labels.npz", "state.pt")):
+            flags = ", ".join(other).replace("_", "-").replace("origin", "from")
             raise InputError(
-                f"{args.output} holds another run, with a different "
-                f"{', '.join(other).replace('_', '-')}: give another --output"
+                f"{args.output} holds another run, with a different {flags}: give "
+                f"another --output"
             )
-        return True
-    if args.output.exists() and (
+    elif args.output.exists() and (
         not args.output.is_dir() or any(args.output.iterdir())
     ):
         raise InputError(f"{args.output} exists and is no run of this: it stays")
@@ -814,64 +509,30 @@ def begin(args: Namespace) -> bool:
     return False
 
 
-def load_t5(folder: Path) -> T5ForConditionalGeneration:
-    # In float32 as on our CPUs: rounded logits would tie, and float16 overflow.
-    return T5ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-
-
 def labels(
-    args: Namespace,
+    folder: Path,
     sources: list[str],
     tokenizer: PreTrainedTokenizerBase,
+    args: Namespace,
     device: torch.device,
 ) -> Examples:
-    """The teacher's answers, from ``training/labels.npz`` if they are there already."""
+    """The answers of the T5 in a folder, or ``training/labels.npz`` if it is there."""
     path = args.output / "training" / "labels.npz"
     if path.exists():
         return Examples(**np.load(path))
-    teacher = load_t5(args.teacher).to(device).eval()
-    examples = from_teacher(sources, teacher, tokenizer, device, args.max_tokens)
+    teacher = load_t5(folder).to(device).eval()
+    examples = corpus.from_teacher(sources, teacher, tokenizer, device, args.max_tokens)
     np.savez(path.with_suffix(".new.npz"), **vars(examples))
     path.with_suffix(".new.npz").replace(path)
     return examples
 
 
-def same_tokenizer(*folders: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that models have in common.
-
-    Raises:
-        InputError: a folder is no checkpoint, or has another than the first.
-    """
-    tokenizers = []
-    for folder in folders:
-        weight_files(folder)
-        try:
-            tokenizers.append(AutoTokenizer.from_pretrained(folder))
-        except (OSError, ValueError):
-            raise InputError(f"{folder} holds no tokenizer") from None
-        if tokenizers[-1].get_vocab() != tokenizers[0].get_vocab():
-            raise InputError(f"{folder} and {folders[0]} have different tokenizers")
-    return tokenizers[0]
-
-
-def prepare(args: Namespace) -> torch.device:
-    """The device to train on, set up."""
-    device = choose_device(args.device)
-    if device.type == "cpu":
-        keep_memory()
-        # Before any thread is started: they inherit it. Gradients of attention that has
-        # made up its mind are denormal, which halves the speed of a CPU.
-        torch.set_flush_denormal(True)
-    torch.manual_seed(args.seed)
-    return device
-
-
-def complete(trainer: Trainer) -> None:
-    """The run, from where an earlier start left it."""
+def go_on(trainer: Trainer) -> None:
+    """The run, from where an earlier start left it, to its end."""
     examples, args = trainer.examples, trainer.args
     if not len(trainer.among):
         raise InputError(f"{len(examples)} examples are too few: all are held out")
-    parameters = sum(each.numel() for each in trainer.model.parameters())
+    parameters = sum(each.numel() for each in trainer.models.parameters())
     say(
         f"{parameters / 1e6:.2f} M parameters, {len(examples):,} examples, "
         f"{len(examples.targets):,} target tokens, on {trainer.device}\n"
@@ -881,37 +542,120 @@ def complete(trainer: Trainer) -> None:
     trainer.run()
 
 
+def new_parser(prog: str, description: str) -> Parser:
+    """With the arguments that every training has."""
+    parser = Parser(
+        prog=prog,
+        description=description,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("text", type=Path, help="source, tab, target: one pair a line")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--minutes", type=float, default=60, help="of training")
+    parser.add_argument("--batch", type=int, default=256, help="pairs a step")
+    parser.add_argument("--matrix-rate", type=float, default=5e-3, help="Muon's peak")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="of the rest")
+    parser.add_argument("--max-tokens", type=int, default=64, help="longest label")
+    parser.add_argument("--save-minutes", type=float, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--device", help="cuda, mps or cpu (default: the best there is)"
+    )
+    return parser
+
+
+def checked(args: Namespace) -> Namespace:
+    """The arguments, none of whose numbers is one that makes no sense."""
+    for name, value in vars(args).items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            flag = name.replace("_", "-")
+            if name in ("seed", "pull"):
+                if not value >= 0:
+                    raise InputError(f"--{flag} is {value}: it has to be at least 0")
+            elif not value >= 1e-9:
+                raise InputError(f"--{flag} is {value}: it has to be above 0")
+    return args
+
+
+def arguments() -> Namespace:
+    parser = new_parser("train.py", __doc__)
+    add = parser.add_argument
+    add("--teacher", type=Path, help="distil from this T5 (a folder)")
+    add("--from", dest="origin", type=Path, help="begin with this T5 (a folder)")
+    add("--vocabulary", type=int, help="without --teacher and --from (default 4096)")
+    add("--width", type=int, help="d_model, 64 a head (default 192)")
+    add("--feed-forward", type=int, help="d_ff (default 4 x width)")
+    add("--encoder-layers", type=int, help="default 2; with --from as many as it has")
+    add("--decoder-layers", type=int, help="default 10; with --from as many as it has")
+    add("--v1-1", action="store_true", help="T5 1.1: gated, untied")
+    args = parser.parse_args()
+    args.hits = "alpha" if args.teacher else "accuracy"
+    given = {
+        "--teacher": ("vocabulary",) if args.teacher else (),
+        "--from": ("vocabulary", "width", "feed_forward", "v1_1")
+        if args.origin
+        else (),
+    }
+    for flag, names in given.items():
+        for name in names:
+            if getattr(args, name):
+                fixed = name.replace("_", "-")
+                raise InputError(f"--{fixed} is what {flag} has: leave it out")
+    if not args.origin:
+        args.width = 192 if args.width is None else args.width
+        defaults = {
+            "vocabulary": None if args.teacher else 4096,
+            "feed_forward": 4 * args.width,
+            "encoder_layers": 2,
+            "decoder_layers": 10,
+        }
+        for name, value in defaults.items():
+            if getattr(args, name) is None:
+                setattr(args, name, value)
+    return checked(args)
+
+
+def teachers_ids(
+    folder: Path, tokenizer: PreTrainedTokenizerBase
+) -> tuple[int, dict[str, Any]]:
+    """Rows of embedding and the special ids that a draft of this teacher needs."""
+    config = T5Config.from_pretrained(folder)
+    generation = None
+    if (folder / "generation_config.json").is_file():
+        generation = GenerationConfig.from_pretrained(folder)
+    rows = 1 + corpus.used_ids(tokenizer, config.vocab_size)[-1]
+    return rows, corpus.special_ids(config, generation)
+
+
 def main() -> None:
     args = arguments()
     device = prepare(args)
-    rows = read_columns(args.text, 1 if args.teacher else 2)
-    given = [folder for folder in (args.teacher, args.start) if folder]
-    tokenizer = same_tokenizer(*given) if given else None
-    resumed = begin(args)
+    rows = corpus.read_columns(args.text, 1 if args.teacher else 2, corpus.HELD_OUT)
+    # Whatever may be wrong with the models is found before anything is written.
+    model = tokenizer = None
     if args.teacher:
-        config = T5Config.from_pretrained(args.teacher)
-        generation = None
-        if (args.teacher / "generation_config.json").is_file():
-            generation = GenerationConfig.from_pretrained(args.teacher)
-        special = special_ids(config, generation)
-        vocabulary = 1 + used_ids(tokenizer, config.vocab_size)[-1]
-        examples = labels(args, [row[0] for row in rows], tokenizer, device)
-    else:
-        special = special_ids(T5Config(decoder_start_token_id=0), None)
-        if resumed and (args.output / "tokenizer.json").is_file():
-            tokenizer = AutoTokenizer.from_pretrained(args.output)
-        elif not args.start:
-            tokenizer = learn_tokenizer(rows, args.vocabulary or 4096, args.output)
-        vocabulary = len(tokenizer)
-        examples = from_text(rows, tokenizer)
+        check_t5(args.teacher)
+        tokenizer = same_tokenizer(args.teacher, args.origin or args.teacher)
+    if args.origin:
+        model = grown(load_t5(args.origin), args.encoder_layers, args.decoder_layers)
+        tokenizer = tokenizer or same_tokenizer(args.origin)
+    if begin(args) and (args.output / "tokenizer.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(args.output)
+    if tokenizer is None:
+        tokenizer = corpus.learn_tokenizer(rows, args.vocabulary, args.output)
     tokenizer.save_pretrained(args.output)
-    if args.start:
-        model = grown(load_t5(args.start), args.encoder_layers, args.decoder_layers)
+    if args.teacher:
+        sources = [row[0] for row in rows]
+        examples = labels(args.teacher, sources, tokenizer, args, device)
     else:
-        model = new_model(args, vocabulary, special)
-    trainer = Trainer(model, examples, args, device)
-    complete(trainer)
-    trainer.model.save_pretrained(args.output)
+        examples = corpus.from_text(rows, tokenizer)
+    if model is None and args.teacher:
+        model = new_model(args, *teachers_ids(args.teacher, tokenizer))
+    elif model is None:
+        special = corpus.special_ids(T5Config(decoder_start_token_id=0), None)
+        model = new_model(args, len(tokenizer), special)
+    go_on(Trainer([model], partial(measure, model), examples, args, device))
+    model.save_pretrained(args.output)
 
 
 if __name__ == "__main__":

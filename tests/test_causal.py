@@ -247,17 +247,19 @@ def test_a_pass_that_was_cut_short_leaves_no_trace(saved):
 
 
 @pytest.mark.parametrize("num_draft", [0, 1, 5])
-def test_positions_end(saved, num_draft):
-    """A text ends before a position that the model does not have would be read."""
+@pytest.mark.parametrize("reach", [20, 12, 2])
+def test_positions_end(saved, num_draft, reach):
+    """No model reads a position that it does not have. Where the target's end, the text
+    does; where the draft's do, the target goes on alone."""
     oracle, folder = saved("gpt2", positions=20)
     target = session(folder, positions=causal.positions(folder))
-    draft = session(saved("gpt2", positions=20, noise=0.03)[1], positions=20)
-    fed = []
+    draft = session(saved("gpt2", positions=20, noise=0.03)[1], positions=reach)
+    fed = {20: [0], reach: [0]}
     for each in (target, draft):
         inner = each.model
 
         class Watched:
-            def __call__(self, tokens, cache, inner=inner):
+            def __call__(self, tokens, cache, inner=inner, fed=fed[each.positions]):
                 offset = np.array(cache[0].offset).max()
                 fed.append(int(offset) + tokens.shape[1])
                 return inner(tokens, cache=cache)
@@ -271,11 +273,25 @@ def test_positions_end(saved, num_draft):
             assert len(prompt) + len(tokens[row]) == 20
             assert reasons[row] == "length"
             assert tokens[row] == generated(oracle, prompt, 20 - len(prompt))
-    assert max(fed) <= 20
+    assert all(max(its) <= end for end, its in fed.items())
+    assert (max(fed[reach]) > 0) is (reach == 20 or (num_draft > 0 and reach == 12))
     with pytest.raises(
         InputError, match="20 tokens, but the model has positions for 20"
     ):
         decode(target, None, [[5] * 20])
+
+
+def test_forgotten_prompt_is_fed_again(saved):
+    """What is timed has to be timed whole."""
+    one = session(saved("llama")[1])
+    fed = []
+    extend = one.extend
+    one.extend = lambda tokens: fed.append(tokens.shape[1]) or extend(tokens)
+    for forget in (False, False, True):
+        if forget:
+            one.forget()
+        one.start([[3, 4, 5, 6]])
+    assert fed == [3, 3]
 
 
 def test_caches_that_cannot_be_rewound(saved):

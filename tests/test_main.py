@@ -131,10 +131,11 @@ def test_color(call, pair, monkeypatch):
 
 
 def test_prompts_from_standard_input(call, pair, monkeypatch):
-    """A prompt a line, an answer a line, and an undecodable line is an error."""
+    """A prompt a line, an answer a line; an undecodable line is an error, an empty one
+    is none."""
     arguments = (*models(pair), "--max-tokens", 10)
     alone = [call(*arguments, "--prompt", text)[1] for text in (PROMPT, "é cat")]
-    raw = io.BytesIO(f"{PROMPT}\né cat\n".encode())
+    raw = io.BytesIO(f"\r\n{PROMPT}\r\n \né cat\n".encode())
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(raw, encoding="ascii"))
     assert call(*arguments, "--prompt", "-")[1] == "".join(alone)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n")))
@@ -175,7 +176,8 @@ def test_compare(call, pair):
     assert out == call(*flags[:-1])[1]
     assert re.search(r"compared: \d+\.\d\d times as fast .* s\), the same text\n", err)
     assert "another text" in call(*flags, "--delta", 1)[2]
-    assert "compared" not in call(*flags, "--regular-decode")[2]
+    for alone in (["--regular-decode"], ["--num-draft", 0], ["--draft-model", "none"]):
+        one_line(call(*flags, *alone), "--compare needs a draft")
 
 
 def test_samples(call, pair):

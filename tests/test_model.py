@@ -272,6 +272,19 @@ def test_weights_that_do_not_fit(tmp_path):
         model.prepare_memory(10**15, tmp_path)
 
 
+def test_prompt_too_long_for_the_memory(make, monkeypatch):
+    """Attention's squares are counted before they are made, in every layer of umT5."""
+    for fields in ({}, {"kind": "umt5", "num_layers": 3}):
+        session = model.T5Session(model.load(make(**fields)[2]))
+        squares = session.model.config.num_heads * (3 if fields else 1) * 4
+        used = mx.get_active_memory()
+        with monkeypatch.context() as patch:
+            patch.setattr(model, "memory_limit", lambda n=used + squares * 100**2: n)
+            session.start([[5] * 90])
+            with pytest.raises(InputError, match="prompt has 101 tokens"):
+                session.start([[5], [5] * 101])
+
+
 @pytest.mark.parametrize(
     "field, value, message",
     [
