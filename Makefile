@@ -17,7 +17,7 @@ run: $(VENV)/run
 ifdef ARGS
 	@$(BIN)/python main.py $(ARGS)
 else
-	@$(BIN)/python main.py --color --compare --num-draft 2 --prompt - < demo/examples.txt
+	@$(BIN)/python main.py --color --compare --prompt - < demo/examples.txt
 endif
 
 test: $(VENV)/dev

@@ -55,7 +55,8 @@ FEWEST = 6  # prompts from which an interval says something
 COST_REPEATS = 60  # timings per entry of the cost table
 COST_PREFIX = 8  # tokens decoded before the timed step
 # OpenMP's idle threads spin for a fifth of a second before they sleep, on the cores
-# that the next program needs: without this pause that one takes up to twice as long.
+# that the next program needs: without this pause that one takes up to twice as long,
+# and it still wakes slowly: the first answer after the pause is not timed.
 SPIN_SECONDS = 0.25
 MLX_LM = "mlx-lm"  # of the baselines the one that drafts and samples as well
 SIMULATED_PROMPTS, SIMULATED_TOKENS = FEWEST, 64
@@ -219,6 +220,7 @@ def measure(
                     if variants[which].threads != threads:
                         threads = variants[which].threads
                         time.sleep(SPIN_SECONDS)
+                        variants[which].answer(prompt, number)  # all is cold now
                     runs[which].append(variants[which].answer(prompt, number))
         except KeyboardInterrupt:
             if not number:

@@ -30,7 +30,7 @@ def test_speculation_changes_nothing(bundled):
     ]
     assert [each.tokens for each in drafted] == [each.tokens for each in plain]
     accepted = sum(each.stats.accepted for each in drafted)
-    assert accepted / sum(each.stats.tested for each in drafted) > 0.5
+    assert accepted / sum(each.stats.tested for each in drafted) > 0.7
     bleu = benchmark.sacrebleu(
         [each.text for each in plain], [references[prompt] for prompt in prompts]
     )
