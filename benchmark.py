@@ -210,7 +210,7 @@ def measure(
         variant.answer(prompts[0], 0)
     answers: list[list[Answer]] = [[] for _ in variants]
     rng = np.random.default_rng(0)
-    threads = None
+    threads = variants[-1].threads  # which the warm-up ended with
     for number, prompt in enumerate(tqdm(prompts, unit="prompt", disable=None)):
         runs: list[list[Answer]] = [[] for _ in variants]
         try:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -256,6 +257,24 @@ def test_variants_take_turns():
     assert asked[:2] == ["a", "b"]
     turns = {"".join(asked[i : i + 2]) for i in range(2, 14, 2)}
     assert turns == {"ab", "ba"}
+
+
+def test_first_answer_after_another_program_is_not_timed(monkeypatch):
+    monkeypatch.setattr(benchmark, "SPIN_SECONDS", 0)
+    asked = []
+
+    def variant(threads: str) -> Variant:
+        def answer(prompt: str, number: int) -> Answer:
+            asked.append(threads)
+            return Answer("", [], len(asked))
+
+        return Variant(threads, None, answer, threads=threads)
+
+    result = benchmark.measure([variant("a"), variant("b")], ["x"], repeats=8)
+    turns = asked[2:]
+    switches = sum(one != other for one, other in pairwise(asked[1:]))
+    assert len(turns) == 16 + switches  # an answer more after each
+    assert [len(its) for its in result] == [1, 1]
 
 
 def test_interrupted_run_keeps_what_it_has():
