@@ -77,13 +77,22 @@ def measure(
     return loss, (batch.targets >= 0).sum(), hits, overlap
 
 
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether products are faster in bfloat16: without instructions for it a CPU takes
+    several times as long."""
+    if device.type != "cpu":
+        return device.type == "cuda"
+    has = torch.cpu.get_capabilities()
+    return has.get("avx512_bf16", False) or has.get("amx_bf16", False)
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal, for the matrices between the layers.
 
     Keller Jordan's optimizer, its step scaled to AdamW's (arXiv 2502.16982, section
     2.2). In the same time on a CPU it reaches a loss that AdamW takes several times as
-    long for. torch.optim.Muon works in bfloat16 and one matrix at a time, which a CPU
-    pays dearly for; here matrices of one shape share batched float32 products.
+    long for. torch.optim.Muon takes one matrix at a time, which a CPU pays dearly for;
+    here matrices of one shape share batched products.
     """
 
     MOMENTUM = 0.95
@@ -93,6 +102,8 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, parameters: list[torch.nn.Parameter]):
         super().__init__(parameters, {"lr": 0.0})
+        fast = has_fast_bfloat16(parameters[0].device)
+        self._dtype = torch.bfloat16 if fast else torch.float32
 
     @torch.no_grad()
     def step(self) -> None:
@@ -118,7 +129,7 @@ class Muon(torch.optim.Optimizer):
         a, b, c = self.COEFFICIENTS
         tall = matrices.shape[1] > matrices.shape[2]
         x = matrices.mT if tall else matrices
-        x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+        x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(self._dtype)
         for _ in range(self.STEPS):
             square = x @ x.mT
             x = torch.baddbmm(
@@ -176,7 +187,7 @@ class Trainer:
         self.args = args
         self.device = device
         self.elapsed = 0.0  # seconds of training, over all runs
-        self.epoch = 0
+        self.epochs = 0  # completed
         self.batch = 0  # within the epoch
         self.held_out, self.among = corpus.split(examples, args.seed)
         self.optimizers = [each for model in models for each in optimizers(model, args)]
@@ -192,38 +203,38 @@ class Trainer:
         self.models.load_state_dict(state["models"])
         for optimizer, its in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(its)
-        self.elapsed, self.epoch, self.batch = state["at"]
+        self.elapsed, self.epochs, self.batch = state["at"]
         return True
 
     def save(self) -> None:
         state = {
             "models": self.models.state_dict(),
             "optimizers": [each.state_dict() for each in self.optimizers],
-            "at": (self.elapsed, self.epoch, self.batch),
+            "at": (self.elapsed, self.epochs, self.batch),
         }
         # Renamed into place: a run killed while saving keeps the state before.
         torch.save(state, self.folder / "state.new")
         (self.folder / "state.new").replace(self.folder / "state.pt")
 
-    def collate(self, chosen: np.ndarray) -> Batch:
+    def epoch(self, among: np.ndarray, seed: int, done: int) -> Iterator[Batch]:
+        """One pass over these examples, without the batches that are done."""
+        examples = corpus.chained(self.examples, among, self.args.chain, seed)
         start = self.models[0].config.decoder_start_token_id
-        return corpus.collate(self.examples, chosen, start, self.device)
+        for chosen in corpus.epoch_order(examples, self.args.batch, seed)[done:]:
+            yield corpus.collate(examples, chosen, start, self.device)
 
     def batches(self) -> Iterator[Batch]:
         """Endless, from where the run stands."""
         while True:
-            order = corpus.epoch_order(
-                self.examples, self.among, self.args.batch, self.args.seed + self.epoch
-            )
-            for chosen in order[self.batch :]:
+            seed = self.args.seed + self.epochs
+            for batch in self.epoch(self.among, seed, self.batch):
                 self.batch += 1
-                yield self.collate(chosen)
-            self.epoch += 1
+                yield batch
+            self.epochs += 1
             self.batch = 0
 
     def autocast(self) -> torch.autocast:
-        # On a CPU without its instructions bfloat16 is several times slower.
-        on = self.device.type == "cuda"
+        on = has_fast_bfloat16(self.device)
         return torch.autocast(self.device.type, torch.bfloat16, enabled=on)
 
     def step(self, batch: Batch) -> tuple[float, int]:
@@ -246,10 +257,9 @@ class Trainer:
     def evaluate(self) -> tuple[float, float, float]:
         """Loss, hits and overlap (see :func:`measure`) per held-out token."""
         totals = torch.zeros(4)
-        order = corpus.epoch_order(self.examples, self.held_out, self.args.batch, 0)
-        for chosen in order:
+        for batch in self.epoch(self.held_out, 0, 0):
             with self.autocast():
-                totals += torch.stack(self.sums(self.collate(chosen))).cpu()
+                totals += torch.stack(self.sums(batch)).cpu()
         loss, tokens, hits, overlap = totals.tolist()
         return loss / tokens, hits / tokens, overlap / tokens
 
@@ -269,7 +279,7 @@ class Trainer:
             if now - said >= 10:
                 left = (budget - self.elapsed) / 60
                 say(
-                    f"epoch {self.epoch + 1}, loss {total / tokens:.3f}, "
+                    f"epoch {self.epochs + 1}, loss {total / tokens:.3f}, "
                     f"{tokens / (now - said):,.0f} target tokens/s, {left:.1f} min left"
                 )
                 self.log(loss=total / tokens, tokens=tokens)
@@ -291,7 +301,7 @@ class Trainer:
 
     def log(self, **values: float) -> None:
         with (self.folder / "log.jsonl").open("a") as file:
-            record = {"seconds": round(self.elapsed, 1), "epoch": self.epoch, **values}
+            record = {"seconds": round(self.elapsed, 1), "epoch": self.epochs, **values}
             file.write(json.dumps(record) + "\n")
 
 
@@ -553,6 +563,9 @@ def new_parser(prog: str, description: str) -> Parser:
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--minutes", type=float, default=60, help="of training")
     parser.add_argument("--batch", type=int, default=256, help="pairs a step")
+    parser.add_argument(
+        "--chain", type=int, default=1, help="up to so many pairs make one text"
+    )
     parser.add_argument("--matrix-rate", type=float, default=5e-3, help="Muon's peak")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="of the rest")
     parser.add_argument("--max-tokens", type=int, default=64, help="longest label")
