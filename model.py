@@ -29,6 +29,10 @@ from config import QUANTIZED, Quantization, T5Config
 from errors import InputError
 from sampling import ban
 
+#: Decoder layers that a CPU is given at once: few, so that it starts early, as it takes
+#: some time to hand them over.
+LAYERS_AT_ONCE = 2
+
 
 def activation(name: str) -> Callable[[mx.array], mx.array]:
     """A feed-forward's activation by transformers' name (``config.ACTIVATIONS``)."""
@@ -120,10 +124,17 @@ def attend(q: mx.array, k: mx.array, v: mx.array, bias: mx.array | None) -> mx.a
     if mx.default_device() == mx.gpu:
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=1.0, mask=bias)
     # On a CPU that is no kernel, but these operations and a product with the scale.
-    logits = q @ k.swapaxes(-1, -2)
-    if bias is not None:
-        logits = logits + bias
+    k = k.swapaxes(-1, -2)
+    logits = q @ k if bias is None else mx.addmm(bias, q, k)
     return mx.softmax(logits, axis=-1, precise=True) @ v
+
+
+def added(x: mx.array, linear: nn.Module, y: mx.array) -> mx.array:
+    """``x + linear(y)``, in one operation where that is a matrix of the same dtype."""
+    weight = linear.weight
+    if isinstance(linear, nn.QuantizedLinear) or not x.dtype == y.dtype == weight.dtype:
+        return x + linear(y)
+    return mx.addmm(x, y, weight.T if isinstance(linear, nn.Linear) else weight)
 
 
 class Attention(nn.Module):
@@ -162,12 +173,11 @@ class Attention(nn.Module):
         # Views into one array would keep every later step's reads strided.
         return mx.contiguous(k), mx.contiguous(v)
 
-    def merge(self, x: mx.array) -> mx.array:
-        """What was attended to, (B, H, T, D) -> (B * T, d_model)."""
-        batch, heads, length, size = x.shape
-        if length > 1:
-            x = x.swapaxes(1, 2)
-        return self.o(x.reshape(batch * length, heads * size))
+    def merge(self, x: mx.array, attended: mx.array) -> mx.array:
+        """Add what was attended to, (B, H, T, D), to the stream (B * T, d_model)."""
+        if attended.shape[2] > 1:
+            attended = attended.swapaxes(1, 2)
+        return added(x, self.o, attended.reshape(len(x), -1))
 
 
 class FeedForward(nn.Module):
@@ -184,14 +194,16 @@ class FeedForward(nn.Module):
         self._gated = config.gated
         self._activation = activation(config.activation)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        x = self.wi(x)
+    def __call__(self, x: mx.array, normed: mx.array) -> mx.array:
+        """Add what it makes of ``normed`` to the stream ``x``, both (N, d_model)."""
+        y = self.wi(normed)
         if self._gated:
-            gate, x = mx.split(x, 2, axis=-1)
-            x = self._activation(gate) * x
+            gate, y = mx.split(y, 2, axis=-1)
+            y = self._activation(gate) * y
         else:
-            x = self._activation(x)
-        return self.wo(x.astype(mx.float32) if x.dtype == mx.float16 else x)
+            y = self._activation(y)
+        y = y.astype(mx.float32) if y.dtype == mx.float16 else y
+        return added(x, self.wo, y)
 
 
 class EncoderLayer(nn.Module):
@@ -206,8 +218,8 @@ class EncoderLayer(nn.Module):
 
     def __call__(self, x: mx.array, bias: mx.array, batch: int) -> mx.array:
         q, k, v = self.attention.project(self.attention_norm(x), batch)
-        x = x + self.attention.merge(attend(q, k, v, bias))
-        return x + self.feed_forward(self.feed_forward_norm(x))
+        x = self.attention.merge(x, attend(q, k, v, bias))
+        return self.feed_forward(x, self.feed_forward_norm(x))
 
 
 class DecoderLayer(nn.Module):
@@ -229,12 +241,12 @@ class DecoderLayer(nn.Module):
         q, k, v = self.attention.project(self.attention_norm(x), batch)
         keys = cache.keys = step.write(cache.keys, k)
         values = cache.values = step.write(cache.values, v)
-        x = x + self.attention.merge(attend(q, keys, values, past))
+        x = self.attention.merge(x, attend(q, keys, values, past))
         cross = self.cross_attention
         q = cross.project_query(self.cross_attention_norm(x), batch)
         keys, values = cache.source_keys, cache.source_values
-        x = x + cross.merge(attend(q, keys, values, step.source))
-        return x + self.feed_forward(self.feed_forward_norm(x))
+        x = cross.merge(x, attend(q, keys, values, step.source))
+        return self.feed_forward(x, self.feed_forward_norm(x))
 
 
 class Stack(nn.Module):
@@ -326,9 +338,14 @@ class T5(nn.Module):
             Logits (B, T, V).
         """
         x = self._embed(tokens)
-        for layer, cache, past in zip(
-            self.decoder.layers, caches, cycle(step.past), strict=False
+        # Verifying is never in vain, as the plain round built ahead can be: a CPU may
+        # begin with the first layers while Python builds the next.
+        early = tokens.shape[1] > 1 and mx.default_device() == mx.cpu
+        for number, (layer, cache, past) in enumerate(
+            zip(self.decoder.layers, caches, cycle(step.past), strict=False)
         ):
+            if early and number and number % LAYERS_AT_ONCE == 0:
+                mx.async_eval(x)
             x = layer(x, cache, step, past)
         x = self.decoder.norm(x)
         if self.config.scale_outputs:

@@ -177,7 +177,7 @@ def from_teacher(
                 encoder_outputs=encoded,
                 attention_mask=mask,
                 decoder_input_ids=tokens,
-                past_key_values=cache,
+                cache=cache,
                 use_cache=True,
             ).logits[:, -1, : len(ban)]
             best = softmax(logits + ban, -1).topk(TOP)
@@ -305,8 +305,8 @@ def epoch_order(examples: Examples, size: int, seed: int) -> list[np.ndarray]:
 def chained(examples: Examples, among: np.ndarray, most: int, seed: int) -> Examples:
     """Longer texts: those ``among`` the examples, in chains of 1 to ``most`` of them.
 
-    What all sources begin with, a task's prefix, stays at the first of a chain only, and
-    the end-of-sequence at the last. Chains of 1, 2, … are equally many.
+    What all sources begin with, a task's prefix, stays at the first of a chain only,
+    and the end-of-sequence at the last. Chains of 1, 2, … are equally many.
     """
     rng = np.random.default_rng(seed)
     order = rng.permutation(among)

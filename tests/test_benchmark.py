@@ -100,7 +100,7 @@ def test_transformers_answers_as_generate_does(make):
         ids,
         do_sample=False,
         max_new_tokens=9,
-        past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()),
+        cache=EncoderDecoderCache(DynamicCache(), DynamicCache()),
     )[0, 1:].tolist()
     answer = variant.answer("the cat on", 0)
     assert answer.tokens == expected

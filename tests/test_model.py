@@ -112,7 +112,7 @@ def test_greedy_equals_generate(family):
         eos_token_id=None,
         do_sample=False,
         # transformers sizes its own cache by the encoder's layers.
-        past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()),
+        cache=EncoderDecoderCache(DynamicCache(), DynamicCache()),
     )[0].tolist()
     session = model.T5Session(ours)
     (sequence,) = session.start([prompt])
