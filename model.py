@@ -29,9 +29,18 @@ from config import QUANTIZED, Quantization, T5Config
 from errors import InputError
 from sampling import ban
 
-#: Decoder layers that a CPU is given at once: few, so that it starts early, as it takes
-#: some time to hand them over.
+#: Decoder layers that a CPU begins with at once: fewer take longer to hand over.
 LAYERS_AT_ONCE = 2
+
+
+def begin(*arrays: mx.array) -> None:
+    """Have a CPU compute these while Python builds what comes next.
+
+    For small models that takes as long as computing it: 40 test sentences took the
+    bundled pair a seventh less time. Not on a GPU, where it has not been timed.
+    """
+    if mx.default_device() == mx.cpu:
+        mx.async_eval(*arrays)
 
 
 def activation(name: str) -> Callable[[mx.array], mx.array]:
@@ -322,6 +331,7 @@ class T5(nn.Module):
             biases.append(bias if padding is None else bias + padding)
         for layer, bias in zip(self.encoder.layers, cycle(biases), strict=False):
             x = layer(x, bias, batch)
+            begin(x)
         return self.encoder.norm(x).reshape(batch, length, -1)
 
     def decode(
@@ -338,14 +348,13 @@ class T5(nn.Module):
             Logits (B, T, V).
         """
         x = self._embed(tokens)
-        # Verifying is never in vain, as the plain round built ahead can be: a CPU may
-        # begin with the first layers while Python builds the next.
-        early = tokens.shape[1] > 1 and mx.default_device() == mx.cpu
+        # Verifying is never in vain, as the plain round that is built ahead can be.
+        early = tokens.shape[1] > 1
         for number, (layer, cache, past) in enumerate(
             zip(self.decoder.layers, caches, cycle(step.past), strict=False)
         ):
             if early and number and number % LAYERS_AT_ONCE == 0:
-                mx.async_eval(x)
+                begin(x)
             x = layer(x, cache, step, past)
         x = self.decoder.norm(x)
         if self.config.scale_outputs:
@@ -474,6 +483,7 @@ class T5Session:
         empty = None
         for layer in self.model.decoder.layers:
             k, v = map(spread, layer.cross_attention.project_source(source))
+            begin(k, v)
             if empty is None:
                 # One for all: the first write to it makes a copy.
                 shape = (*k.shape[:2], self._capacity, k.shape[3])

@@ -289,57 +289,19 @@ def collate(
     )
 
 
-def epoch_order(examples: Examples, size: int, seed: int) -> list[np.ndarray]:
+def epoch_order(
+    examples: Examples, among: np.ndarray, size: int, seed: int
+) -> list[np.ndarray]:
     """The batches of one pass, each of examples of about the same length."""
     rng = np.random.default_rng(seed)
     lengths = np.diff(examples.target_starts) * 1000 + np.diff(examples.source_starts)
-    order = rng.permutation(len(examples))
+    order = rng.permutation(among)
     batches = []
     for first in range(0, len(order), 64 * size):
         pool = order[first : first + 64 * size]
         pool = pool[np.argsort(lengths[pool], kind="stable")]
         batches += [pool[i : i + size] for i in range(0, len(pool), size)]
     return [batches[i] for i in rng.permutation(len(batches))]
-
-
-def chained(examples: Examples, among: np.ndarray, most: int, seed: int) -> Examples:
-    """Longer texts: those ``among`` the examples, in chains of 1 to ``most`` of them.
-
-    What all sources begin with, a task's prefix, stays at the first of a chain only,
-    and the end-of-sequence at the last. Chains of 1, 2, … are equally many.
-    """
-    rng = np.random.default_rng(seed)
-    order = rng.permutation(among)
-    lengths = rng.integers(1, most + 1, len(order))
-    first = np.isin(np.arange(len(order)), np.cumsum([0, *lengths]))
-    last = np.append(first[1:], True)
-
-    def spans(starts: np.ndarray, prefix: int) -> tuple[np.ndarray, np.ndarray]:
-        """What the chains take of a flat array, and where they start in that."""
-        begin = starts[order] + np.where(first, 0, prefix)
-        end = starts[order + 1] - np.where(last, 0, 1)
-        at = np.concatenate([*map(np.arange, begin, end)])
-        return at, np.append(0, np.cumsum(end - begin)[last])
-
-    sources, source_starts = spans(examples.source_starts, _common_prefix(examples))
-    targets, target_starts = spans(examples.target_starts, 0)
-    return Examples(
-        examples.sources[sources],
-        source_starts,
-        examples.targets[targets],
-        target_starts,
-        examples.top_ids[targets],
-        examples.top_probs[targets],
-    )
-
-
-def _common_prefix(examples: Examples) -> int:
-    """How many tokens all sources begin with, their last one not counted."""
-    starts = examples.source_starts
-    shortest = int(np.diff(starts).min()) - 1
-    begins = examples.sources[starts[:-1, None] + np.arange(shortest)]
-    same = (begins == begins[0]).all(axis=0)
-    return int(np.argmin(np.append(same, False)))
 
 
 def split(examples: Examples, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,14 +1,12 @@
 """Tatoeba sentence pairs as training text: zip archives in, tab-separated files out.
 
     python demo/tatoeba.py data/deu-eng.zip --max-words 8 --output data/german \\
-        --held-out data/dev.en.txt data/test.en.txt --chain 3
+        --held-out data/dev.en.txt data/test.en.txt
 
 The archives are manythings.org's selection of tatoeba.org (CC BY 2.0): one pair a line,
 English first. Every source gets T5's task prefix, so one model can learn several
 languages. ``--held-out`` names files of English sentences; the pairs whose English side
-is in one are written to a file of that name, all others to ``train.tsv``. With
-``--chain`` that file has texts of 1 to so many of its sentences, each sentence once;
-train.py makes its own.
+is in one are written to a file of that name, all others to ``train.tsv``.
 """
 
 import random
@@ -16,7 +14,6 @@ import sys
 import unicodedata
 import zipfile
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -50,28 +47,6 @@ def pairs(archive: Path) -> tuple[str, list[tuple[str, str]]]:
     return LANGUAGES[code], [(normalise(row[0]), normalise(row[1])) for row in columns]
 
 
-def texts(
-    sentences: dict[str, list[str]], most: int, chance: random.Random
-) -> Iterator[tuple[str, list[str]]]:
-    """Texts of 1 to ``most`` sentences, every sentence in one of them, translated.
-
-    A text has as many translations as the sentence in it that has most.
-    """
-    left = list(sentences)
-    chance.shuffle(left)
-    while left:
-        size = chance.randint(1, most)
-        chosen, left = left[:size], left[size:]
-        translations = [sentences[each] for each in chosen]
-        yield (
-            " ".join(chosen),
-            [
-                " ".join(its[min(i, len(its) - 1)] for its in translations)
-                for i in range(max(map(len, translations)))
-            ],
-        )
-
-
 def main() -> None:
     parser = Parser(
         prog="tatoeba.py",
@@ -81,13 +56,8 @@ def main() -> None:
     parser.add_argument("archives", type=Path, nargs="+", help="deu-eng.zip, …")
     parser.add_argument("--held-out", type=Path, nargs="+", required=True)
     parser.add_argument("--max-words", type=int, help="longest English sentence kept")
-    parser.add_argument(
-        "--chain", type=int, default=1, help="sentences of a held-out text, at most"
-    )
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
-    if args.chain < 1:
-        raise InputError(f"--chain is {args.chain}: it has to be at least 1")
 
     held_out = {
         path.name.split(".")[0]: {
@@ -97,8 +67,8 @@ def main() -> None:
     }
     if len(held_out) < len(args.held_out) or "train" in held_out:
         raise InputError("the held-out files need different names, and not 'train'")
-    # By language and sentence: the translations of one stay together.
-    splits: dict[str, dict[str, dict[str, list[str]]]] = {
+    # By source: the translations of one stay together.
+    splits: dict[str, dict[str, list[str]]] = {
         name: {} for name in ["train", *held_out]
     }
     for archive in args.archives:
@@ -109,23 +79,17 @@ def main() -> None:
             split = next(
                 (name for name, held in held_out.items() if english in held), "train"
             )
-            sentences = splits[split].setdefault(language, {})
-            sentences.setdefault(english, []).append(translation)
+            source = f"translate English to {language}: {english}"
+            splits[split].setdefault(source, []).append(translation)
     args.output.mkdir(parents=True, exist_ok=True)
-    for name, languages in splits.items():
+    for name, translations in splits.items():
         # The archives are sorted by length: the first lines would be no fair sample.
-        chance = random.Random(0)
-        most = 1 if name == "train" else args.chain
-        found = [
-            (f"translate English to {language}: {text}", translations)
-            for language, sentences in languages.items()
-            for text, translations in texts(sentences, most, chance)
-        ]
-        chance.shuffle(found)
+        sources = list(translations)
+        random.Random(0).shuffle(sources)
         lines = [
             f"{source}\t{translation}\n"
-            for source, translations in found
-            for translation in translations
+            for source in sources
+            for translation in translations[source]
         ]
         (args.output / f"{name}.tsv").write_text("".join(lines), "utf-8")
         print(f"{len(lines):8,} pairs: {args.output / name}.tsv", file=sys.stderr)

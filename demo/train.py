@@ -187,7 +187,7 @@ class Trainer:
         self.args = args
         self.device = device
         self.elapsed = 0.0  # seconds of training, over all runs
-        self.epochs = 0  # completed
+        self.epoch = 0
         self.batch = 0  # within the epoch
         self.held_out, self.among = corpus.split(examples, args.seed)
         self.optimizers = [each for model in models for each in optimizers(model, args)]
@@ -203,34 +203,33 @@ class Trainer:
         self.models.load_state_dict(state["models"])
         for optimizer, its in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(its)
-        self.elapsed, self.epochs, self.batch = state["at"]
+        self.elapsed, self.epoch, self.batch = state["at"]
         return True
 
     def save(self) -> None:
         state = {
             "models": self.models.state_dict(),
             "optimizers": [each.state_dict() for each in self.optimizers],
-            "at": (self.elapsed, self.epochs, self.batch),
+            "at": (self.elapsed, self.epoch, self.batch),
         }
         # Renamed into place: a run killed while saving keeps the state before.
         torch.save(state, self.folder / "state.new")
         (self.folder / "state.new").replace(self.folder / "state.pt")
 
-    def epoch(self, among: np.ndarray, seed: int, done: int) -> Iterator[Batch]:
-        """One pass over these examples, without the batches that are done."""
-        examples = corpus.chained(self.examples, among, self.args.chain, seed)
+    def collate(self, chosen: np.ndarray) -> Batch:
         start = self.models[0].config.decoder_start_token_id
-        for chosen in corpus.epoch_order(examples, self.args.batch, seed)[done:]:
-            yield corpus.collate(examples, chosen, start, self.device)
+        return corpus.collate(self.examples, chosen, start, self.device)
 
     def batches(self) -> Iterator[Batch]:
         """Endless, from where the run stands."""
         while True:
-            seed = self.args.seed + self.epochs
-            for batch in self.epoch(self.among, seed, self.batch):
+            order = corpus.epoch_order(
+                self.examples, self.among, self.args.batch, self.args.seed + self.epoch
+            )
+            for chosen in order[self.batch :]:
                 self.batch += 1
-                yield batch
-            self.epochs += 1
+                yield self.collate(chosen)
+            self.epoch += 1
             self.batch = 0
 
     def autocast(self) -> torch.autocast:
@@ -257,9 +256,10 @@ class Trainer:
     def evaluate(self) -> tuple[float, float, float]:
         """Loss, hits and overlap (see :func:`measure`) per held-out token."""
         totals = torch.zeros(4)
-        for batch in self.epoch(self.held_out, 0, 0):
+        order = corpus.epoch_order(self.examples, self.held_out, self.args.batch, 0)
+        for chosen in order:
             with self.autocast():
-                totals += torch.stack(self.sums(batch)).cpu()
+                totals += torch.stack(self.sums(self.collate(chosen))).cpu()
         loss, tokens, hits, overlap = totals.tolist()
         return loss / tokens, hits / tokens, overlap / tokens
 
@@ -279,7 +279,7 @@ class Trainer:
             if now - said >= 10:
                 left = (budget - self.elapsed) / 60
                 say(
-                    f"epoch {self.epochs + 1}, loss {total / tokens:.3f}, "
+                    f"epoch {self.epoch + 1}, loss {total / tokens:.3f}, "
                     f"{tokens / (now - said):,.0f} target tokens/s, {left:.1f} min left"
                 )
                 self.log(loss=total / tokens, tokens=tokens)
@@ -301,7 +301,7 @@ class Trainer:
 
     def log(self, **values: float) -> None:
         with (self.folder / "log.jsonl").open("a") as file:
-            record = {"seconds": round(self.elapsed, 1), "epoch": self.epochs, **values}
+            record = {"seconds": round(self.elapsed, 1), "epoch": self.epoch, **values}
             file.write(json.dumps(record) + "\n")
 
 
@@ -563,9 +563,6 @@ def new_parser(prog: str, description: str) -> Parser:
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--minutes", type=float, default=60, help="of training")
     parser.add_argument("--batch", type=int, default=256, help="pairs a step")
-    parser.add_argument(
-        "--chain", type=int, default=1, help="up to so many pairs make one text"
-    )
     parser.add_argument("--matrix-rate", type=float, default=5e-3, help="Muon's peak")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="of the rest")
     parser.add_argument("--max-tokens", type=int, default=64, help="longest label")

@@ -364,80 +364,14 @@ def test_resumed_run_is_the_uninterrupted_one(trained, examples):
         assert torch.equal(one, other)
 
 
-def rows_of(tokens: np.ndarray, starts: np.ndarray) -> list[tuple[int, ...]]:
-    return [tuple(map(int, row)) for row in np.split(tokens, starts[1:-1])]
-
-
 def test_every_example_once_per_epoch(trained, examples):
     one = trainer(trained / "order", examples)
-    pairs = list(
-        zip(
-            rows_of(examples.sources, examples.source_starts),
-            rows_of(examples.targets, examples.target_starts),
-            strict=True,
-        )
-    )
-
-    def epoch(seed: int) -> list[tuple]:
-        def real(rows, mask):
-            return [
-                tuple(r[m].tolist()) for r, m in zip(rows, mask.bool(), strict=True)
-            ]
-
-        return [
-            pair
-            for batch in one.epoch(one.among, seed, 0)
-            for pair in zip(
-                real(batch.sources, batch.mask),
-                real(batch.targets, batch.targets >= 0),
-                strict=True,
-            )
-        ]
-
-    assert sorted(epoch(1)) == sorted(pairs[i] for i in one.among)
-    assert epoch(1) == epoch(1) != epoch(2)
-    rest = [batch.targets for batch in one.epoch(one.among, 1, 5)]
-    all_ = [batch.targets for batch in one.epoch(one.among, 1, 0)]
-    assert all(map(torch.equal, rest, all_[5:]))
-    assert len(rest) == len(all_) - 5
-
-
-def test_chains_are_texts_of_whole_examples(trained):
-    """Every example once; its task's prefix and end-of-sequence where they belong."""
-    tokenizer = AutoTokenizer.from_pretrained(trained / "target")
-    rows = [[f"ga ga {a} {b}", f"{b} {a}"] for a in WORDS for b in WORDS]
-    examples = corpus.from_text(rows, tokenizer)
-    examples.top_probs = np.arange(len(examples.targets))[:, None].astype(np.float16)
-    among = np.arange(0, len(rows), 2)
-    chains = corpus.chained(examples, among, 3, seed=5)
-    sources = rows_of(chains.sources, chains.source_starts)
-    targets = rows_of(chains.targets, chains.target_starts)
-    seen, sizes = [], []
-    for source, target in zip(sources, targets, strict=True):
-        words = tokenizer.decode(source, skip_special_tokens=True).split()
-        answers = tokenizer.decode(target, skip_special_tokens=True).split()
-        assert words[:2] == ["ga", "ga"]
-        pairs = list(zip(words[2::2], words[3::2], strict=True))
-        assert [(a, b) for b, a in zip(answers[::2], answers[1::2], strict=True)] == (
-            pairs
-        )
-        assert (source.count(1), source[-1], target.count(1), target[-1]) == (
-            1,
-            1,
-            1,
-            1,
-        )
-        # What the tokenizer makes of the whole text.
-        text = " ".join(["ga ga", *(f"{a} {b}" for a, b in pairs)])
-        assert tokenizer(text).input_ids == list(source)
-        seen += pairs
-        sizes.append(len(pairs))
-    assert sorted(seen) == sorted(tuple(rows[i][0].split()[2:]) for i in among)
-    assert set(sizes) == {1, 2, 3}
-    assert len(chains.top_ids) == len(chains.top_probs) == len(chains.targets)
-    assert (chains.top_ids[:, 0] == chains.targets).all()
-    places = chains.top_probs[:, 0].astype(int)  # where each position came from
-    assert (examples.targets[places] == chains.targets).all()
+    order = corpus.epoch_order(examples, one.among, 32, seed=1)
+    flat = np.concatenate(order)
+    assert sorted(flat) == sorted(one.among)
+    assert not set(flat) & set(one.held_out)
+    other = np.concatenate(corpus.epoch_order(examples, one.among, 32, seed=2))
+    assert not np.array_equal(flat, other)
 
 
 def test_loss_is_cross_entropy_without_padding(trained, examples):
@@ -650,28 +584,6 @@ def test_tatoeba(tmp_path, monkeypatch):
     }
     for name, lines in expected.items():
         assert (tmp_path / f"out/{name}.tsv").read_text().splitlines() == lines
-    (tmp_path / "dev.en.txt").write_text("Go.\nHi.\nOne two three.\n")
-    call(tmp_path / "fra-eng.zip", *held, "--chain", 3)
-    lines = (tmp_path / "out/dev.tsv").read_text().splitlines()
-    texts = {}
-    for line in lines:
-        source, translation = line.removeprefix(prefix).split("\t")
-        texts.setdefault(source, []).append(translation)
-    known = {"Go.": ["Va.", "Pars."], "Hi.": ["Salut !"] * 2}
-    known["One two three."] = ["Un."] * 2
-    text = " ".join(texts)  # in some order, in one text or in several
-    assert sorted(text.split()) == sorted(["Go.", "Hi.", "One", "two", "three."])
-    for source, translations in texts.items():
-        parts = sorted(
-            (each for each in known if each in source), key=lambda e: source.index(e)
-        )
-        both = [" ".join(known[part][i] for part in parts) for i in range(2)]
-        assert translations == both[: len(translations)]
-        assert len(translations) == 1 + ("Go." in source)
-    train_lines = (tmp_path / "out/train.tsv").read_text().splitlines()
-    assert train_lines == []
-    with pytest.raises(InputError, match="at least 1"):
-        call(tmp_path / "fra-eng.zip", *held, "--chain", 0)
     with pytest.raises(InputError, match="different names"):
         call(tmp_path / "fra-eng.zip", *held, held[1])
     with pytest.raises(InputError, match="is none of"):
