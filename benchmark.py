@@ -469,9 +469,8 @@ def plot(rows: list[Row], path: Path, title: str) -> None:
             predicted = [(row.num_draft, row.expected) for row in its if row.expected]
             style = {"color": f"C{number}", "linestyle": "--"}
             if predicted:
-                axes.plot(
-                    *zip(*predicted, strict=True), label="expected of decoding", **style
-                )
+                expected = f"{name}, expected of decoding"
+                axes.plot(*zip(*predicted, strict=True), label=expected, **style)
         elif all(row.bleu is not None for row in its):
             quality = quality or axes.twinx()
             quality.set_ylabel("sacreBLEU (dotted)")
