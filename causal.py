@@ -15,9 +15,10 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
-from checkpoint import CONFIG, GENERATION_CONFIG, read_json
+from checkpoint import CONFIG, GENERATION_CONFIG
 from config import find_size
 from errors import InputError
+from files import read_json
 from model import check_prompts, check_rewind, prepare_memory
 from sampling import ban
 

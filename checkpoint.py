@@ -14,6 +14,7 @@ import json
 import math
 import mmap
 import os
+import re
 import struct
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -24,7 +25,10 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from archive import member_spans
 from errors import InputError
+from files import map_file
+from replacing import recover
 
 WEIGHTS = "weights.npz"
 CONFIG = "config.json"
@@ -33,7 +37,7 @@ GENERATION_CONFIG = "generation_config.json"
 MODELS = Path(__file__).resolve().parent / "models"
 
 _ALIGNMENT = 64  # bytes: a cache line, and at least every dtype's own alignment
-_LOCAL_HEADER = struct.Struct("<4s5H3L2H")  # zip's local file header
+_LOCAL_HEADER_BYTES = 30  # zip's local file header, without name and extra field
 _ZIP64_EXTRA = 20  # bytes that zipfile appends to the local header's extra field
 _PADDING_ID = 0xD935  # the extra-field id that Android's zipalign pads with
 
@@ -49,6 +53,15 @@ _SAFETENSORS_DTYPES = dict(
     zip(_MLX_DTYPES, ("F32", "F16", "BF16", "U32", "U8"), strict=True)
 )
 
+#: What an npy header may say a dtype is; numpy's own spelling of bytes, too.
+_STORED_DTYPES = {*_NPY_DTYPES.values(), "|V2"}
+_NPY_HEADERS = {(1, 0): struct.Struct("<H"), (2, 0): struct.Struct("<I")}
+_NPY_TEXT_BYTES = 4096
+_NPY_TEXT = re.compile(
+    rb"\{'descr': '([<|]\w\d)', 'fortran_order': (True|False), "
+    rb"'shape': \(((?:\d{1,18}, ?)*(?:\d{1,18})?)\),? ?\} *\n?"
+)
+
 _PIECE = 1 << 23  # bytes that a thread reads at a time
 
 
@@ -59,8 +72,14 @@ def locate(name: str) -> Path:
         for folder in folders:
             if (folder / WEIGHTS).is_file():
                 return folder
+            earlier = recover(folder)
+            if earlier:
+                return earlier
         unconverted = next((folder for folder in folders if folder.is_dir()), None)
-    except OSError as error:  # a name that no file system takes, a folder barred
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # a name that no file system takes, a folder barred
         raise InputError(f"cannot look for the model: {error}") from None
     if unconverted:
         raise InputError(
@@ -71,21 +90,6 @@ def locate(name: str) -> Path:
         f"no model '{name}': neither a folder nor in {MODELS}; convert it first "
         f"(python convert.py --model {name})"
     )
-
-
-def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
-    """A JSON object from a file; empty where an optional file is missing."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        if optional:
-            return {}
-        raise InputError(f"{path.parent} has no {path.name}") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path}: {error}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path} does not hold a JSON object")
-    return value
 
 
 class WeightsWriter:
@@ -117,7 +121,7 @@ class WeightsWriter:
         """
         header = _npy_header(shape, dtype)
         member = zipfile.ZipInfo(f"{name}.npy")  # dated 1980-01-01
-        before = _LOCAL_HEADER.size + len(member.filename.encode()) + _ZIP64_EXTRA
+        before = _LOCAL_HEADER_BYTES + len(member.filename.encode()) + _ZIP64_EXTRA
         before += self._zip.start_dir + 4  # 4: the padding's own id and length
         padding = -(before + len(header)) % _ALIGNMENT
         member.extra = struct.pack("<HH", _PADDING_ID, padding) + bytes(padding)
@@ -162,9 +166,9 @@ class MappedWeights:
         """
         self._path = path
         try:
-            with path.open("rb") as file:
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-                self._stored = _map_members(file, mapped)
+            self._stored = _map_members(map_file(path))
+        except InputError:
+            raise
         except Exception as error:  # damaged bytes make the parsers raise anything
             raise InputError(
                 f"{path} is damaged or not an npz ({error}): convert the model again"
@@ -172,6 +176,9 @@ class MappedWeights:
 
     def __contains__(self, name: str) -> bool:
         return name in self._stored
+
+    def __len__(self) -> int:
+        return len(self._stored)
 
     def dtypes(self) -> set[mx.Dtype]:
         """The dtypes that occur."""
@@ -182,12 +189,14 @@ class MappedWeights:
         return sum(stored.view.nbytes for stored in self._stored.values())
 
     def load(
-        self, expected: Mapping[str, tuple[int, ...]], dtype: mx.Dtype | None = None
+        self, expected: Mapping[str, mx.array], dtype: mx.Dtype | None = None
     ) -> dict[str, mx.array]:
         """Copy every tensor once, from the mapped file into an array of its own.
 
         Args:
-            expected: the name and shape of each tensor that has to be there.
+            expected: an array (that is never computed) for each tensor that has to be
+                there, of its shape and of its kind: floating-point numbers of any
+                width, or exactly these integers.
             dtype: what to convert floating-point numbers to, one tensor after the
                 other; None leaves them as stored.
 
@@ -195,8 +204,7 @@ class MappedWeights:
             InputError: the tensors are not those expected. All of them are checked
                 before any is read.
         """
-        shapes = {name: stored.view.shape for name, stored in self._stored.items()}
-        _check(self._path, shapes, expected)
+        _check(self._path, self._stored, expected)
         with self._path.open("rb", buffering=0) as file:
             stream = _SafetensorsStream(file.fileno(), self._stored)
             direct = mx.load(stream, format="safetensors")
@@ -308,51 +316,36 @@ def _copy(view: np.ndarray) -> mx.array:
     return mx.array(view)
 
 
-def _map_members(file: Any, mapped: mmap.mmap) -> dict[str, _Stored]:
+def _map_members(mapped: mmap.mmap) -> dict[str, _Stored]:
     """Every member of the archive as an array over the mapping."""
     tensors = {}
-    for member, (start, size) in member_spans(file, mapped).items():
+    for member, (start, size) in member_spans(mapped).items():
         name = member.removesuffix(".npy")
         tensors[name] = _map_npy(mapped, name, start, size)
     return tensors
 
 
-def member_spans(file: Any, mapped: mmap.mmap) -> dict[str, tuple[int, int]]:
-    """Where the members of an uncompressed zip file lie: (start, size) by name.
-
-    Raises:
-        ValueError: a member is compressed, or not inside the file.
-    """
-    with zipfile.ZipFile(file) as archive:
-        members = archive.infolist()
-    spans = {}
-    for member in members:
-        if member.compress_type != zipfile.ZIP_STORED:
-            raise ValueError(f"{member.filename} is compressed")
-        header = _LOCAL_HEADER.unpack_from(mapped, member.header_offset)
-        if header[0] != b"PK\x03\x04":
-            raise ValueError(f"{member.filename} is not where the archive says")
-        start = member.header_offset + _LOCAL_HEADER.size + header[-2] + header[-1]
-        if start + member.file_size > len(mapped):
-            raise ValueError(f"{member.filename} ends beyond the file")
-        spans[member.filename] = start, member.file_size
-    return spans
-
-
 def _map_npy(mapped: mmap.mmap, name: str, start: int, size: int) -> _Stored:
-    """The npy file at ``mapped[start : start + size]`` as an array."""
-    mapped.seek(start)
-    version = np.lib.format.read_magic(mapped)
-    read_header = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }.get(version)
-    if read_header is None:
-        raise ValueError(f"{name} has npy version {version}")
-    shape, fortran_order, dtype = read_header(mapped)
-    if dtype not in _MLX_DTYPES:
-        raise ValueError(f"{name} has the dtype {dtype}")
-    offset = mapped.tell()
+    """The npy file at ``mapped[start : start + size]`` as an array.
+
+    Its header (numpy.lib.format, version 1.0 or 2.0) is a Python literal in general;
+    what numpy and MLX write for an array of numbers is matched, and nothing evaluated.
+    """
+    magic, major, minor = struct.unpack_from("<6s2B", mapped, start)
+    if magic != b"\x93NUMPY" or (major, minor) not in _NPY_HEADERS:
+        raise ValueError(f"{name} is no npy file of version 1 or 2")
+    length = _NPY_HEADERS[major, minor]
+    (text,) = length.unpack_from(mapped, start + 8)
+    offset = start + 8 + length.size + text
+    header = mapped[start + 8 + length.size : min(offset, start + size)]
+    match = _NPY_TEXT.fullmatch(header) if text <= _NPY_TEXT_BYTES else None
+    if not match:
+        raise ValueError(f"{name} has an npy header that no array of numbers has")
+    described, fortran_order = match[1].decode(), match[2] == b"True"
+    shape = tuple(int(length) for length in match[3].split(b",") if length.strip())
+    if described not in _STORED_DTYPES:
+        raise ValueError(f"{name} has the dtype {described}")
+    dtype = np.dtype(described)
     if offset - start + math.prod(shape) * dtype.itemsize != size:
         raise ValueError(f"{name} has not the size that its shape says")
     order = "F" if fortran_order else "C"
@@ -360,22 +353,35 @@ def _map_npy(mapped: mmap.mmap, name: str, start: int, size: int) -> _Stored:
 
 
 def _check(
-    path: Path,
-    found: Mapping[str, tuple[int, ...]],
-    expected: Mapping[str, tuple[int, ...]],
+    path: Path, found: Mapping[str, _Stored], expected: Mapping[str, mx.array]
 ) -> None:
-    """Names and shapes agree, or an error that names the first that does not."""
+    """Names, shapes and kinds agree, or an error names the first that does not."""
     again = "the folder's files do not belong together: convert the model again"
-    for name, shape in expected.items():
+    for name, wanted in expected.items():
         if name not in found:
             raise InputError(f"{path} lacks {name}, which its config asks for; {again}")
-        if tuple(found[name]) != tuple(shape):
+        view = found[name].view
+        if view.shape != tuple(wanted.shape):
             raise InputError(
-                f"{path}: {name} has the shape {tuple(found[name])}, but its config "
-                f"asks for {tuple(shape)}; {again}"
+                f"{path}: {name} has the shape {view.shape}, but its config asks for "
+                f"{tuple(wanted.shape)}; {again}"
+            )
+        dtype = _MLX_DTYPES[view.dtype]
+        floating = mx.issubdtype(wanted.dtype, mx.floating)
+        if dtype != wanted.dtype and not (
+            floating and mx.issubdtype(dtype, mx.floating)
+        ):
+            raise InputError(
+                f"{path}: {name} holds {_short(dtype)}, but its config asks for "
+                f"{'floating-point numbers' if floating else _short(wanted.dtype)}; "
+                f"{again}"
             )
     extra = next((name for name in found if name not in expected), None)
     if extra:
         raise InputError(
             f"{path} has {extra}, which its config has no use for; {again}"
         )
+
+
+def _short(dtype: mx.Dtype) -> str:
+    return str(dtype).rpartition(".")[2]

@@ -8,10 +8,13 @@ reference is how transformers reads them, versions 4 and 5.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from checkpoint import CONFIG, GENERATION_CONFIG, read_json
+from msgspec import Meta, Struct
+
+from checkpoint import CONFIG, GENERATION_CONFIG
 from errors import InputError
+from files import read_json, typed
 
 #: Feed-forward activations by transformers' names; see ``model.activation``.
 ACTIVATIONS = (
@@ -71,6 +74,51 @@ class Quantization:
         return f"{self.bits}-bit {self.mode}, groups of {self.group_size}"
 
 
+#: What is believed of a config. The largest T5s have 24 layers a stack, 256,384 ids and
+#: matrices of 65,536 columns.
+Size = Annotated[int, Meta(ge=1, le=1 << 24)]
+Layers = Annotated[int, Meta(ge=1, le=10_000)]
+Buckets = Annotated[int, Meta(ge=1, le=1 << 16)]
+Distance = Annotated[int, Meta(ge=1, le=1 << 30)]
+Epsilon = Annotated[float, Meta(gt=0, le=1)]
+Id = Annotated[int, Meta(ge=-1, lt=1 << 31)]  # -1: none, in some older files
+
+
+class _Special(Struct):
+    """The ids that either config may name."""
+
+    decoder_start_token_id: Id | None = None
+    pad_token_id: Id | None = None
+    eos_token_id: Id | list[Id] | None = None
+
+
+class _Quantized(Struct):
+    """What convert.py noted in the config, in mlx-lm's form."""
+
+    bits: int
+    group_size: int
+    mode: str = "affine"
+
+
+class _Fields(_Special, kw_only=True):
+    """The fields of ``config.json`` that shape the computation."""
+
+    vocab_size: Size
+    d_model: Size
+    d_kv: Size
+    d_ff: Size
+    num_heads: Size
+    num_layers: Layers
+    num_decoder_layers: Layers | None = None
+    relative_attention_num_buckets: Buckets = 32
+    relative_attention_max_distance: Distance = 128
+    layer_norm_epsilon: Epsilon = 1e-6
+    feed_forward_proj: str | None = None
+    tie_word_embeddings: bool | None = None
+    scale_decoder_outputs: bool | None = None
+    quantization: _Quantized | None = None
+
+
 @dataclass(frozen=True)
 class T5Config:
     """What of a Hugging Face ``config.json`` shapes the computation."""
@@ -103,52 +151,46 @@ class T5Config:
             InputError: another architecture, or a field that is missing or odd.
         """
         kind = config.get("model_type")
-        if kind not in FAMILY:
+        if not isinstance(kind, str) or kind not in FAMILY:
             raise InputError(
                 f"model_type '{kind}' is another architecture: of encoder-decoders "
                 f"{', '.join(FAMILY)} are supported"
             )
-        try:
-            feed_forward = config.get(
-                "feed_forward_proj", "relu" if kind == "t5" else "gated-gelu"
-            )
-            *gated, activation = feed_forward.split("-")
-            if feed_forward == "gated-gelu":
-                activation = "gelu_new"  # transformers' reading of T5 1.1's configs
-            if activation not in ACTIVATIONS or gated not in ([], ["gated"]):
-                raise InputError(f"feed_forward_proj '{feed_forward}' is not supported")
+        fields = typed(config, _Fields, "the config")
+        said = typed(generation, _Special, "the generation config")
+        feed_forward = fields.feed_forward_proj
+        if feed_forward is None:
+            feed_forward = "relu" if kind == "t5" else "gated-gelu"
+        *gated, activation = feed_forward.split("-")
+        if feed_forward == "gated-gelu":
+            activation = "gelu_new"  # transformers' reading of T5 1.1's configs
+        if activation not in ACTIVATIONS or gated not in ([], ["gated"]):
+            raise InputError(f"feed_forward_proj '{feed_forward}' is not supported")
 
-            def either(name: str, default: int) -> Any:
-                found = (generation.get(name), config.get(name), default)
-                return next(value for value in found if value is not None)
+        def either(name: str, default: int) -> Any:
+            found = (getattr(said, name), getattr(fields, name), default)
+            return next(value for value in found if value is not None)
 
-            start = either("decoder_start_token_id", config.get("pad_token_id") or 0)
-            eos = either("eos_token_id", 1)
-            result = cls(
-                vocab_size=int(config["vocab_size"]),
-                d_model=int(config["d_model"]),
-                d_kv=int(config["d_kv"]),
-                d_ff=int(config["d_ff"]),
-                num_heads=int(config["num_heads"]),
-                num_layers=int(config["num_layers"]),
-                num_decoder_layers=int(
-                    config.get("num_decoder_layers") or config["num_layers"]
-                ),
-                num_buckets=int(config.get("relative_attention_num_buckets", 32)),
-                max_distance=int(config.get("relative_attention_max_distance", 128)),
-                epsilon=float(config.get("layer_norm_epsilon", 1e-6)),
-                activation=activation,
-                gated=bool(gated),
-                shared_bias=kind != "umt5",
-                scale_outputs=_scales_outputs(config),
-                start_token=int(start),
-                eos_tokens=frozenset(map(int, eos if isinstance(eos, list) else [eos])),
-                quantization=_quantization(config),
-            )
-        except KeyError as error:
-            raise InputError(f"the config has no {error.args[0]}") from None
-        except (TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise InputError(f"the config has an odd value: {error}") from None
+        eos = either("eos_token_id", 1)
+        result = cls(
+            vocab_size=fields.vocab_size,
+            d_model=fields.d_model,
+            d_kv=fields.d_kv,
+            d_ff=fields.d_ff,
+            num_heads=fields.num_heads,
+            num_layers=fields.num_layers,
+            num_decoder_layers=fields.num_decoder_layers or fields.num_layers,
+            num_buckets=fields.relative_attention_num_buckets,
+            max_distance=fields.relative_attention_max_distance,
+            epsilon=fields.layer_norm_epsilon,
+            activation=activation,
+            gated=bool(gated),
+            shared_bias=kind != "umt5",
+            scale_outputs=_scales_outputs(config),
+            start_token=either("decoder_start_token_id", fields.pad_token_id or 0),
+            eos_tokens=frozenset(eos if isinstance(eos, list) else [eos]),
+            quantization=_quantization(fields.quantization),
+        )
         result._check()
         return result
 
@@ -162,12 +204,8 @@ class T5Config:
 
     def _check(self) -> None:
         """Refuse what would make an index run out of its array: MLX does not."""
-        sizes = (
-            *(self.vocab_size, self.d_model, self.d_kv, self.d_ff, self.num_heads),
-            *(self.num_layers, self.num_decoder_layers),
-        )
-        if not all(1 <= size < 1 << 31 for size in sizes):
-            raise InputError("the config has a size below 1 or beyond all reason")
+        if self.num_heads * self.d_kv > 1 << 24:
+            raise InputError("the config's heads are beyond all reason")
         if not 0 <= self.start_token < self.vocab_size:
             raise InputError(
                 f"decoding would start from token {self.start_token}, but the config "
@@ -180,12 +218,41 @@ class T5Config:
                 f"distances up to {self.max_distance}"
             )
 
+    def require(self, tensors: int, size: int) -> None:
+        """See to it that weights could be of this config, before it is built.
+
+        Building takes memory for every layer; afterwards each tensor is compared.
+
+        Args:
+            tensors: how many there are.
+            size: the bytes of all of them.
+
+        Raises:
+            InputError: there are fewer tensors than layers, or a dimension is larger
+                than all of the weights.
+        """
+        layers = self.num_layers + self.num_decoder_layers
+        if layers > tensors:
+            raise InputError(
+                f"the config does not fit the weights: it has {layers} layers, and "
+                f"they are {tensors} tensors"
+            )
+        inner = self.num_heads * self.d_kv
+        for rows in (self.vocab_size, self.d_ff, inner):
+            # The fewest bits that a number is stored in are two.
+            if rows * self.d_model > 4 * size:
+                raise InputError(
+                    f"the config does not fit the weights: a matrix of {rows} x "
+                    f"{self.d_model} is more than all of them"
+                )
+
 
 def find_size(config: Mapping[str, Any], *names: str) -> int | None:
     """The first of these fields that a config has, or its part about the text model."""
-    for values in (config, config.get("text_config") or {}):
+    inner = config.get("text_config")
+    for values in (config, inner if isinstance(inner, dict) else {}):
         for name in names:
-            if isinstance(values.get(name), int):
+            if type(values.get(name)) is int:
                 return values[name]
     return None
 
@@ -203,14 +270,11 @@ def _scales_outputs(config: Mapping[str, Any]) -> bool:
         return False
     explicit = config.get("scale_decoder_outputs")
     if explicit is not None:
-        return bool(explicit)
+        return explicit
     return config.get("tie_word_embeddings") is not False
 
 
-def _quantization(config: Mapping[str, Any]) -> Quantization | None:
-    """What convert.py noted in the config, in mlx-lm's form."""
-    noted = config.get("quantization")
-    if not noted:
+def _quantization(noted: _Quantized | None) -> Quantization | None:
+    if noted is None:
         return None
-    mode = noted.get("mode", "affine")
-    return Quantization.choose(mode, int(noted["bits"]), int(noted["group_size"]))
+    return Quantization.choose(noted.mode, noted.bits, noted.group_size)

@@ -9,20 +9,19 @@ is complete; until then an earlier one stays.
 """
 
 import errno
-import glob
 import json
 import math
-import os
 import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errors import InputError, Parser, run
+from files import is_file, read_json
+from replacing import check_replaceable, recover, replacing
 from sources import Tensor, fetch, open_checkpoint
 
 if TYPE_CHECKING:
@@ -101,6 +100,7 @@ def plan(config: Any, tensors: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
     """
     from model import T5, parameter_shapes
 
+    config.require(len(tensors), sum(part.bits.nbytes for part in tensors.values()))
     embedding = next((name for name in EMBEDDINGS if name in tensors), EMBEDDINGS[0])
     tied = _is_tied(tensors, embedding)
     names = recipe(config, tied, embedding)
@@ -130,6 +130,8 @@ def plan(config: Any, tensors: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
 
 def _stacked(parts: list[Tensor]) -> tuple[int, ...]:
     """The shape of all parts, one below the other."""
+    if any(not part.shape for part in parts):
+        return ()  # a number stacks with nothing, and no weight is one
     return (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
 
 
@@ -151,7 +153,7 @@ def choose_dtype(wanted: str, tensors: Mapping[str, Tensor]) -> str:
     sizes: Counter[str] = Counter()
     for tensor in tensors.values():
         sizes[tensor.dtype] += math.prod(tensor.shape)
-    ((most, _),) = sizes.most_common(1)
+    most = max(sizes, key=sizes.__getitem__, default="F32")
     if most == "F32" and sizes.total() > BILLION:
         print("storing bfloat16, half of float32 (--dtype says else)", file=sys.stderr)
         return "bfloat16"
@@ -206,22 +208,27 @@ def convert(
         InputError: the source is no T5 checkpoint that can be read whole, the output
             would replace something else, or the disk is full.
     """
-    from checkpoint import CONFIG, GENERATION_CONFIG, WEIGHTS, read_json
+    from checkpoint import CONFIG, GENERATION_CONFIG, WEIGHTS
     from config import T5Config
 
+    try:
+        output = output.resolve()  # a link stays, and what it leads to is replaced
+        inside = output in (source.resolve(), *source.resolve().parents)
+    except (OSError, RuntimeError) as error:  # links in a circle, a folder barred
+        raise InputError(f"cannot write {output}: {error}") from None
+    if inside:
+        raise InputError(
+            f"{output} would replace the source: it stays as it is; give another "
+            f"--output"
+        )
+    check_replaceable(output)
     tensors = open_checkpoint(source)
     steps = plan(T5Config.read(source), tensors)
     storage = Storage(choose_dtype(dtype, tensors), quantization)
-    if output.exists() and not (output / WEIGHTS).is_file():
-        raise InputError(
-            f"{output} exists and is no converted model: it stays as it is"
-        )
-    if output.resolve() in (source.resolve(), *source.resolve().parents):
-        raise InputError(f"{output} would replace the source: give another --output")
     try:
-        with _replacing(output) as folder:
+        with replacing(output) as folder:
             save_tokenizer(source, folder)
-            if (source / GENERATION_CONFIG).is_file():
+            if is_file(source / GENERATION_CONFIG):
                 shutil.copyfile(source / GENERATION_CONFIG, folder / GENERATION_CONFIG)
             config = read_json(source / CONFIG)
             config.pop("quantization", None)
@@ -234,49 +241,6 @@ def convert(
         if error.errno == errno.ENOSPC:
             raise InputError(f"no space left on the disk of {output.parent}") from None
         raise InputError(f"cannot write {output}: {error}") from None
-
-
-@contextmanager
-def _replacing(output: Path) -> Iterator[Path]:
-    """A new folder to fill, which takes the place of ``output`` when all went well.
-
-    Until then an earlier ``output`` stays. What a killed conversion left is cleared
-    away, or, had it come as far as setting the earlier folder aside, put back.
-    """
-    parent, name = output.parent, output.name
-    aside = parent / f".{name}.replaced"
-    parent.mkdir(parents=True, exist_ok=True)
-    if aside.exists() and not output.exists():
-        aside.rename(output)
-    for stale in parent.glob(f".{glob.escape(name)}.partial-*"):
-        if not _is_running(stale.name.rpartition("-")[2]):
-            shutil.rmtree(stale, ignore_errors=True)
-    partial = parent / f".{name}.partial-{os.getpid()}"
-    partial.mkdir()
-    try:
-        yield partial
-        shutil.rmtree(aside, ignore_errors=True)
-        if output.exists():
-            output.rename(aside)
-        try:
-            partial.rename(output)
-        except BaseException:
-            if aside.exists():
-                aside.rename(output)
-            raise
-        shutil.rmtree(aside, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _is_running(pid: str) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
-        pass  # another user's
-    return True
 
 
 def _require_space(
@@ -358,10 +322,13 @@ def save_tokenizer(source: Path, folder: Path) -> None:
 
     What it saves includes a ``tokenizer.json`` wherever the tokenizer has that form,
     made from ``spiece.model`` where the checkpoint has that alone.
-    """
-    from text import load_with_transformers
 
-    load_with_transformers(source).save_pretrained(str(folder))
+    Raises:
+        InputError: there is none, it is damaged, or takes more than it may.
+    """
+    from confined import Confined
+
+    Confined("slow_tokenizer", source).call("save", str(folder.resolve()))
 
 
 def parse_arguments(arguments: list[str] | None = None) -> Any:
@@ -429,7 +396,9 @@ def list_models(models: Path) -> Iterator[str]:
     from config import T5Config
     from model import T5, parameter_count
 
-    for path in sorted(models.glob(f"*/{WEIGHTS}")):
+    for killed in models.glob(".*.replaced"):
+        recover(models / killed.name[1:].removesuffix(".replaced"))
+    for path in sorted(models.glob(f"[!.]*/{WEIGHTS}")):
         try:
             weights = MappedWeights(path)
             config = T5Config.read(path.parent)

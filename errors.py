@@ -12,6 +12,9 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+#: Characters of a message.
+LENGTH = 600
+
 
 class InputError(Exception):
     """Something the user gave is wrong; the message says what to do about it."""
@@ -38,7 +41,7 @@ def run(main: Callable[[], None], name: str) -> int:
         main()
         sys.stdout.flush()
     except InputError as error:
-        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{name}: {one_line(str(error))}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         status = 130
@@ -46,10 +49,21 @@ def run(main: Callable[[], None], name: str) -> int:
         _drop_stdout()
     except OSError as error:
         _drop_stdout()
-        print(f"{name}: {error}", file=sys.stderr)
+        print(f"{name}: {one_line(str(error))}", file=sys.stderr)
         status = 2
     _settle_device()
     return status
+
+
+def one_line(message: str) -> str:
+    """A message fit for a terminal, whatever a stranger's file put into it.
+
+    One line, not endless, and without the escape sequences that terminals obey.
+    """
+    words = " ".join(message.split())
+    if len(words) > LENGTH:
+        words = f"{words[: LENGTH // 2]} ... {words[-LENGTH // 2 :]}"
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in words)
 
 
 def _drop_stdout() -> None:

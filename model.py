@@ -593,20 +593,19 @@ def load(folder: Path) -> T5:
     """
     config = T5Config.read(folder)
     stored = MappedWeights(folder / WEIGHTS)
+    config.require(len(stored), stored.bytes())
     model = T5(config, tied="head.weight" not in stored)
     quantized = [path for path in linear_paths(model) if f"{path}.scales" in stored]
-    parameters = parameter_count(model)
+    on_cpu = mx.default_device() == mx.cpu
+    size = 4 * parameter_count(model) if on_cpu else stored.bytes()
     if quantized:
         quantize(model, config.quantization, quantized)
-    on_cpu = mx.default_device() == mx.cpu
     if on_cpu:
         # MLX would have g++ compile each fused kernel, for seconds, and gain little.
         mx.disable_compile()
-        size = 4 * parameters
-    else:
-        size = stored.bytes()
     prepare_memory(size, folder)
-    weights = stored.load(parameter_shapes(model), mx.float32 if on_cpu else None)
+    parameters = dict(tree_flatten(model.parameters()))
+    weights = stored.load(parameters, mx.float32 if on_cpu else None)
     if on_cpu and quantized:
         for path in quantized:
             weights[f"{path}.weight"] = dequantize(weights, path, config.quantization)
@@ -638,6 +637,14 @@ def quantize(model: T5, how: Quantization | None, paths: Collection[str]) -> Non
             "the weights are quantized, but the config does not say how: convert the "
             "model again"
         )
+    modules = dict(model.named_modules())
+    for path in paths:
+        columns = modules[path].weight.shape[-1]
+        if columns % how.group_size:
+            raise InputError(
+                f"{path} is quantized, but its {columns} columns are no whole groups "
+                f"of {how.group_size}: convert the model again"
+            )
     nn.quantize(model, class_predicate=lambda path, _: path in paths, **asdict(how))
 
 

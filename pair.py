@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from checkpoint import CONFIG, locate, read_json
+from checkpoint import CONFIG, locate
 from config import FAMILY, T5Config, find_size
 from decoder import DELTA, MAX_TOKENS, NUM_DRAFT, Commit, Stats, generate
 from drafting import Drafter, LookupDrafter, ModelDrafter, Session
 from errors import InputError
+from files import read_json
 from model import T5Session, load, parameter_count
 from sampling import GREEDY, Sampling
 from slim import slim
@@ -285,7 +286,8 @@ def find(name: str) -> Path:
 
 def is_causal(folder: Path) -> bool:
     """Whether the folder's model is none of the T5 family."""
-    return read_json(folder / CONFIG).get("model_type") not in FAMILY
+    kind = read_json(folder / CONFIG).get("model_type")
+    return not isinstance(kind, str) or kind not in FAMILY
 
 
 def embedding_rows(folder: Path) -> int:
@@ -294,24 +296,27 @@ def embedding_rows(folder: Path) -> int:
     Raises:
         InputError: its config does not say.
     """
+    if not is_causal(folder):
+        return T5Config.read(folder).vocab_size
     rows = find_size(read_json(folder / CONFIG), "vocab_size")
-    if rows is None:
+    if rows is None or rows < 1:
         raise InputError(f"{folder / CONFIG} has no vocab_size")
     return rows
 
 
 def _session(folder: Path, tokenizer: Tokenizer, vocabulary: int) -> Session:
     """Load a model into a session that emits the tokenizer's ids alone."""
-    gaps = tokenizer.gaps(vocabulary)
+    # Loaded before anything is as large as the config says: it fits the weights then.
     if not is_causal(folder):
         model = load(folder)
         fast_blas.fit_threads(parameter_count(model))
         slim(model)
-        return T5Session(model, vocabulary, gaps)
+        return T5Session(model, vocabulary, tokenizer.gaps(vocabulary))
     import causal  # mlx-lm takes a second to import
 
     model = causal.load(folder)
     fast_blas.fit_threads(parameter_count(model))
+    gaps = tokenizer.gaps(vocabulary)
     return causal.CausalSession(model, vocabulary, gaps, causal.positions(folder))
 
 

@@ -13,11 +13,12 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map
 
-from checkpoint import CONFIG, read_json
+from checkpoint import CONFIG
 from config import T5Config
 from decoder import Stats, generate
 from drafting import Draft, ModelDrafter
 from errors import InputError
+from files import read_json
 from model import T5, T5Session, parameter_count, prepare_memory
 from sampling import Chooser
 from slim import slim

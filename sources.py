@@ -4,16 +4,19 @@ Everything is mapped into memory: a checkpoint of 45 GB opens in an instant, and
 tensor costs memory while it is read.
 """
 
-import json
 import math
 import mmap
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta, Struct
 
 from errors import InputError
+from files import is_file, map_file, read_json, require_files, typed
 
 #: Weight files, the preferred ones first: (single file, index of shards).
 SAFETENSORS = "model.safetensors", "model.safetensors.index.json"
@@ -39,6 +42,46 @@ BLOCK = 1 << 23
 
 #: Weights that are floating-point numbers: as safetensors names them.
 FLOATS = ("F32", "F16", "BF16")
+
+#: What safetensors stores, and numpy's dtype of the same width to map it by; bfloat16
+#: and floats of 8 bits as raw bits.
+_DTYPES = {
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "BF16": "<u2",
+    "F8_E4M3": "u1",
+    "F8_E5M2": "u1",
+    "F8_E8M0": "u1",
+    "BOOL": "?",
+    "I64": "<i8",
+    "I32": "<i4",
+    "I16": "<i2",
+    "I8": "i1",
+    "U64": "<u8",
+    "U32": "<u4",
+    "U16": "<u2",
+    "U8": "u1",
+}
+
+#: Bytes of a safetensors header: the limit of the format's own library.
+HEADER_BYTES = 100_000_000
+
+_Place = Annotated[int, Meta(ge=0, le=1 << 48)]
+
+
+class _Entry(Struct):
+    """What a safetensors header says of a tensor."""
+
+    dtype: str
+    shape: Annotated[list[_Place], Meta(max_length=16)]
+    data_offsets: tuple[_Place, _Place]
+
+
+class _Index(Struct):
+    """A sharded checkpoint's index: which file has which tensor."""
+
+    weight_map: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -81,10 +124,11 @@ def open_checkpoint(folder: Path) -> dict[str, Tensor]:
     """
     if not folder.is_dir():
         raise InputError(f"no checkpoint folder {folder}")
+    require_files(folder)
     for (single, index), read in ((SAFETENSORS, _read_safetensors), (TORCH, _read_bin)):
-        if (folder / single).is_file():
+        if is_file(folder / single):
             return read(folder / single)
-        if (folder / index).is_file():
+        if is_file(folder / index):
             tensors: dict[str, Tensor] = {}
             for shard in _shards(folder / index):
                 tensors |= read(folder / shard)
@@ -94,15 +138,12 @@ def open_checkpoint(folder: Path) -> dict[str, Tensor]:
 
 
 def _shards(index: Path) -> list[str]:
-    """The files that an index names, in order."""
-    from checkpoint import read_json
-
-    files = read_json(index).get("weight_map")
-    if not isinstance(files, dict) or not all(
-        isinstance(file, str) for file in files.values()
-    ):
-        raise InputError(f"{index} has no weight_map from tensors to files")
-    return sorted(set(files.values()))
+    """The files that an index names, in order: of its own folder, no other."""
+    files = set(typed(read_json(index), _Index, str(index)).weight_map.values())
+    for file in files:
+        if file != Path(file).name or "\\" in file or "\0" in file:
+            raise InputError(f"{index} names {file}, which is no file of its folder")
+    return sorted(files)
 
 
 def _read_bin(path: Path) -> dict[str, Tensor]:
@@ -112,16 +153,13 @@ def _read_bin(path: Path) -> dict[str, Tensor]:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Map the tensors of one file: 8 bytes of header size, a JSON header, the data."""
+    """Map the tensors of one file."""
     try:
-        with path.open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        (size,) = struct.unpack_from("<Q", mapped)
-        header = json.loads(mapped[8 : 8 + size])
-        header.pop("__metadata__", None)
+        mapped = map_file(path)
+        start, entries = _read_header(mapped)
         return {
-            name: _map_tensor(mapped, 8 + size, name, entry)
-            for name, entry in header.items()
+            name: _map_tensor(mapped, start, name, entry)
+            for name, entry in entries.items()
         }
     except FileNotFoundError:
         raise InputError(f"{path} is missing: the checkpoint is incomplete") from None
@@ -131,21 +169,42 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path} is damaged ({error}): fetch it again") from None
 
 
-def _map_tensor(
-    mapped: mmap.mmap, start: int, name: str, entry: Mapping[str, Any]
-) -> Tensor:
+def _read_header(mapped: mmap.mmap) -> tuple[int, dict[str, _Entry]]:
+    """Where a safetensors file's data begin, and what its header says of each tensor.
+
+    8 bytes of header size, a JSON header, the data: as the format wants it, tensors
+    fill what follows the header, none lies over another.
+    """
+    (size,) = struct.unpack_from("<Q", mapped)
+    if size > min(HEADER_BYTES, len(mapped) - 8):
+        raise ValueError("its header is larger than it may be")
+    header = msgspec.json.decode(mapped[8 : 8 + size], type=dict[str, msgspec.Raw])
+    header.pop("__metadata__", None)
+    entries = {
+        name: msgspec.json.decode(entry, type=_Entry) for name, entry in header.items()
+    }
+    end = 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
+        if entry.data_offsets[0] != end:
+            raise ValueError(f"{name} does not begin where another one ends")
+        end = entry.data_offsets[1]
+    if 8 + size + end != len(mapped):
+        raise ValueError("it has not the length that its header says")
+    return 8 + size, entries
+
+
+def _map_tensor(mapped: mmap.mmap, start: int, name: str, entry: _Entry) -> Tensor:
     """The tensor that a safetensors header's ``entry`` describes, data at ``start``."""
     import numpy as np
 
-    dtypes = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
-    if entry["dtype"] not in dtypes:
-        raise InputError(f"{name} has the dtype {entry['dtype']}: no weight does")
-    dtype, shape = np.dtype(dtypes[entry["dtype"]]), tuple(entry["shape"])
-    begin, end = entry["data_offsets"]
-    if begin < 0 or end - begin != math.prod(shape) * dtype.itemsize:
+    if entry.dtype not in _DTYPES:
+        raise InputError(f"{name} has the dtype {entry.dtype}: no weight does")
+    dtype, shape = np.dtype(_DTYPES[entry.dtype]), tuple(entry.shape)
+    begin, end = entry.data_offsets
+    if end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{name} has not the size that its shape says")
-    bits = np.ndarray(shape, dtype, mapped, start + begin)
-    return Tensor(name, entry["dtype"], bits)
+    bits = np.ndarray(shape, dtype, mapped, start + begin if end > begin else 0)
+    return Tensor(name, entry.dtype, bits)
 
 
 def fetch(name: str, revision: str | None = None) -> Path:
@@ -198,14 +257,15 @@ def fetch_causal(name: str) -> Path | None:
     """
     from huggingface_hub import hf_hub_download
 
-    from checkpoint import CONFIG, read_json
+    from checkpoint import CONFIG
     from config import FAMILY
 
     try:
         config = hf_hub_download(name, CONFIG)
     except Exception:  # whatever the network stack raises
         raise InputError(f"'{name}' is no model on the hub, or out of reach") from None
-    if read_json(Path(config)).get("model_type") in FAMILY:
+    kind = read_json(Path(config)).get("model_type")
+    if isinstance(kind, str) and kind in FAMILY:
         return None
     return fetch(name)
 
@@ -227,7 +287,7 @@ def _cached(name: str, revision: str | None, error: Exception) -> Path:
             )
         except Exception:  # nothing there, or not all of it
             continue
-        if (folder / single).is_file() or (folder / index).is_file():
+        if is_file(folder / single) or is_file(folder / index):
             return folder
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     raise InputError(

@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from confined import Confined
 from errors import InputError
-
-FAST_TOKENIZER = "tokenizer.json"
+from fast_tokenizer import FILE, FastTokenizer, is_plain
+from files import is_file, require_files
 
 #: What a decoder writes for bytes that are not (yet) a whole character.
 _BROKEN = "\ufffd"
@@ -17,17 +18,32 @@ class Tokenizer:
     """A checkpoint's tokenizer.
 
     Where the folder has a ``tokenizer.json`` (``convert.py`` writes one wherever the
-    tokenizer has that form) the tokenizers library reads it, in milliseconds; importing
-    transformers takes seconds. The others are loaded through transformers.
+    tokenizer has that form) the tokenizers library reads it, in milliseconds. Others,
+    files of unknown parts, and chat templates, are programs that somebody else wrote:
+    they run confined (:mod:`confined`), which takes longer.
     """
 
     def __init__(self, folder: Path):
+        """
+        Raises:
+            InputError: there is none, it is damaged, or gives an id to two tokens.
+        """
+        require_files(folder)
         self._folder = folder
-        self._encode, self._decode, self.ids = _load(folder)
+        self._within = _open(folder)
+        self.ids: dict[str, int] = self._within.ids()
+        if not self.ids:
+            raise InputError(f"{folder} has a tokenizer without tokens")
+        if len(set(self.ids.values())) < len(self.ids) or min(self.ids.values()) < 0:
+            raise InputError(f"{folder} has a tokenizer that gives an id to two tokens")
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt, with the special tokens its model expects."""
-        return self._encode(text)
+        """Token ids of a prompt, with the special tokens its model expects.
+
+        Raises:
+            InputError: the tokenizer fails at it.
+        """
+        return self._within.encode(text)
 
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
         """Token ids of a conversation, in the form that the model was trained on.
@@ -39,27 +55,19 @@ class Tokenizer:
         Raises:
             InputError: the tokenizer has no chat template, or not for these.
         """
-        chat = self._with_template
-        if chat.chat_template is None:
-            raise InputError(f"{self._folder} has no chat template: leave out --chat")
-        try:
-            return chat.apply_chat_template(
-                messages, add_generation_prompt=True, return_dict=False
-            )
-        except Exception as error:  # templates are programs
-            raise InputError(f"the chat template fails: {error}") from None
+        return self._with_template.call("encode_chat", messages)
 
     @cached_property
-    def _with_template(self) -> Any:
-        return load_with_transformers(self._folder)
+    def _with_template(self) -> Confined:
+        return Confined("slow_tokenizer", self._folder)
 
     def decode(self, tokens: list[int]) -> str:
         """Text of token ids, special tokens left out, spaces as they were learned."""
-        return self._decode(tokens, True)
+        return self._within.decode(tokens, True)
 
     def decode_with_special(self, tokens: list[int]) -> str:
         """Likewise, with special tokens by their names: ``<extra_id_0>``, say."""
-        return self._decode(tokens, False)
+        return self._within.decode(tokens, False)
 
     @property
     def size(self) -> int:
@@ -75,67 +83,32 @@ class Tokenizer:
         return self.ids == other.ids
 
 
-def _load(
-    folder: Path,
-) -> tuple[
-    Callable[[str], list[int]], Callable[[list[int], bool], str], dict[str, int]
-]:
-    """The encoder, the decoder and the ids by token of the folder's tokenizer.
+class _Within(Protocol):
+    """What reads the files: :class:`FastTokenizer`, or one in another process."""
 
-    The decoder is told whether to leave special tokens out.
-    """
-    if (folder / FAST_TOKENIZER).is_file():
-        from tokenizers import Tokenizer as FastTokenizer
+    def ids(self) -> dict[str, int]: ...
 
-        try:
-            fast = FastTokenizer.from_file(str(folder / FAST_TOKENIZER))
-        except Exception as error:  # the library raises plain Exception
-            raise InputError(
-                f"cannot read {folder / FAST_TOKENIZER}: {error}"
-            ) from None
-        # Settings for training batches that some checkpoints carry.
-        fast.no_truncation()
-        fast.no_padding()
-        return (
-            lambda text: fast.encode(text).ids,
-            lambda tokens, skip: fast.decode(tokens, skip_special_tokens=skip),
-            fast.get_vocab(with_added_tokens=True),
-        )
-    slow = load_with_transformers(folder)
-    return (
-        lambda text: slow(text).input_ids,
-        lambda tokens, skip: slow.decode(
-            tokens, skip_special_tokens=skip, clean_up_tokenization_spaces=False
-        ),
-        slow.get_vocab(),
-    )
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, tokens: list[int], skip_special: bool) -> str: ...
 
 
-def load_with_transformers(folder: Path) -> Any:
-    """The folder's tokenizer as transformers has it."""
-    from transformers import AutoTokenizer, T5Tokenizer
-    from transformers.utils import logging
+class _Elsewhere:
+    """A tokenizer in a confined process."""
 
-    logging.set_verbosity_error()
-    # transformers 5 takes umT5's from a tokenizer.json alone.
-    classes = [AutoTokenizer]
-    if (folder / "spiece.model").is_file() and not (folder / FAST_TOKENIZER).is_file():
-        classes.append(T5Tokenizer)
-    for each in classes:
-        try:
-            tokenizer = each.from_pretrained(str(folder), local_files_only=True)
-        except Exception as error:  # damaged files make it raise anything
-            if each is classes[-1]:
-                raise InputError(
-                    f"{folder} has no tokenizer that loads: {error}"
-                ) from None
-        else:
-            break
-    # Without its files transformers makes up an empty one; ByT5's has none to miss.
-    files = tokenizer.vocab_files_names.values()
-    if files and not any((folder / file).is_file() for file in files):
-        raise InputError(f"{folder} has no tokenizer: none of {', '.join(files)}")
-    return tokenizer
+    def __init__(self, module: str, folder: Path):
+        self._process = Confined(module, folder)
+
+    def __getattr__(self, method: str) -> Callable[..., Any]:
+        return lambda *arguments: self._process.call(method, *arguments)
+
+
+def _open(folder: Path) -> _Within:
+    if not is_file(folder / FILE):
+        return _Elsewhere("slow_tokenizer", folder)
+    if is_plain(folder):
+        return FastTokenizer(folder)
+    return _Elsewhere("fast_tokenizer", folder)
 
 
 class TextStream:

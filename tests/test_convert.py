@@ -20,6 +20,7 @@ import convert
 import model
 from checkpoint import WEIGHTS, MappedWeights, WeightsWriter
 from errors import InputError
+from files import read_json
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def test_mlx_opens_it_too(make):
     _, _, folder = make()
     theirs = mx.load(str(folder / WEIGHTS))
     stored = MappedWeights(folder / WEIGHTS)
-    ours = stored.load({name: value.shape for name, value in theirs.items()})
+    ours = stored.load(theirs)
     assert ours.keys() == theirs.keys()
     assert all(mx.array_equal(ours[name], theirs[name]) for name in ours)
 
@@ -64,8 +65,7 @@ def test_tensors_come_back(tmp_path, dtype):
         for name, tensor in tensors.items():
             blocks = [tensor[:1], tensor[1:]] if tensor.ndim else [tensor]
             writer.write(name, tensor.shape, dtype, blocks)
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    for read in (MappedWeights(path).load(shapes), mx.load(str(path))):
+    for read in (MappedWeights(path).load(tensors), mx.load(str(path))):
         for name, tensor in tensors.items():
             assert read[name].dtype == dtype
             assert mx.array_equal(read[name], tensor)
@@ -97,7 +97,7 @@ def test_other_npz_files_load(tmp_path, writer):
     path = tmp_path / WEIGHTS
     turned = writer.array(array.T.copy()).T
     writer.savez(str(path), x=writer.array(array), turned=turned)
-    read = MappedWeights(path).load({"x": (3, 4), "turned": (3, 4)})
+    read = MappedWeights(path).load({"x": mx.zeros((3, 4)), "turned": mx.zeros((3, 4))})
     assert np.array_equal(read["x"], array)
     assert np.array_equal(read["turned"], array)
 
@@ -160,7 +160,7 @@ def test_reading_is_checked(make, tmp_path, monkeypatch):
     stored = MappedWeights(folder / WEIGHTS)
     monkeypatch.setattr(checkpoint.os, "preadv", lambda *_: 0)
     with pytest.raises(InputError, match="become shorter"):
-        stored.load({name: s.view.shape for name, s in stored._stored.items()})
+        stored.load(mx.load(str(folder / WEIGHTS)))
 
 
 def test_large_reads_are_shared(make, tmp_path, monkeypatch):
@@ -168,8 +168,7 @@ def test_large_reads_are_shared(make, tmp_path, monkeypatch):
     _, _, folder = make()
     whole = mx.load(str(folder / WEIGHTS))
     monkeypatch.setattr(checkpoint, "_PIECE", 100)
-    shapes = {name: value.shape for name, value in whole.items()}
-    read = MappedWeights(folder / WEIGHTS).load(shapes)
+    read = MappedWeights(folder / WEIGHTS).load(whole)
     assert all(mx.array_equal(read[name], whole[name]) for name in whole)
 
 
@@ -283,7 +282,7 @@ def integers(folder):
         (broken_tokenizer, "no tokenizer"),
         (start_token_beyond_the_embedding, "token 1000000"),
         (no_logarithm, "position bias"),
-        (absurd_size, "beyond all reason"),
+        (absurd_size, "vocab_size: expected `int` <= 16777216"),
         (another_size, "does not fit"),
         (fewer_layers, "no place for"),
         (more_layers, "has no decoder.block.2"),
@@ -382,7 +381,7 @@ def test_disk_without_room(monkeypatch, source, tmp_path):
 def test_damaged_npz_files(make, tmp_path, data):
     """Cut anywhere or with headers overwritten: an error that says so, no crash."""
     _, _, folder = make()
-    config = checkpoint.read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     damaged = tmp_path / "damaged"
     shutil.copytree(folder, damaged, dirs_exist_ok=True)
     raw = bytearray((folder / WEIGHTS).read_bytes())

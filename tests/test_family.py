@@ -30,7 +30,8 @@ from errors import InputError
 from model import T5Session
 from pair import Pair
 from sampling import Sampling
-from text import TextStream, Tokenizer, load_with_transformers
+from slow_tokenizer import SlowTokenizer
+from text import TextStream, Tokenizer
 
 LINE = "the cat sat on a mat and saw the dog run over red green hills"
 PROMPT = "the cat saw the dog"
@@ -183,12 +184,12 @@ def published(tmp_path_factory):
 def test_member_against_transformers(published, name):
     """Ids, logits and text, plain and speculative, from the hub's files on."""
     oracle, size, folder = published(name)
-    theirs = load_with_transformers(folder / "hf")
+    theirs = SlowTokenizer(folder / "hf")
     pair = Pair.load(str(folder / "target"), str(folder / "draft"))
     prompts = [PROMPT, "a red mat <extra_id_0> over the hills", "é 漢 def cat(x):"]
     prompts += ["<2de> the dog"] if name == "madlad-400" else []
     for prompt in prompts:
-        ids = theirs(prompt).input_ids
+        ids = theirs.encode(prompt)
         assert pair.tokenizer.encode(prompt) == ids
         before = [[pair.target.model.config.start_token, 5, 7, 9, 3, 8, 20]]
         with torch.no_grad():
@@ -210,9 +211,7 @@ def test_member_against_transformers(published, name):
         ]
         for answer in answers:
             assert answer.tokens == text
-            assert answer.text == theirs.decode(
-                text, skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
+            assert answer.text == theirs.decode(text, skip_special=True)
 
 
 def test_ends_of_codet5(published):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from errors import InputError
-from text import FAST_TOKENIZER, TextStream, Tokenizer
+from text import FILE, TextStream, Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -75,10 +75,10 @@ def test_settings_of_training_batches_are_ignored(folder, tmp_path):
     """Some checkpoints carry truncation to 512 tokens in their tokenizer.json."""
     from tokenizers import Tokenizer as Fast
 
-    fast = Fast.from_file(str(folder / FAST_TOKENIZER))
+    fast = Fast.from_file(str(folder / FILE))
     fast.enable_truncation(4)
     fast.enable_padding(length=9)
-    fast.save(str(tmp_path / FAST_TOKENIZER))
+    fast.save(str(tmp_path / FILE))
     for text in ("cat", "cat " * 20):
         assert Tokenizer(tmp_path).encode(text) == Tokenizer(folder).encode(text)
 
@@ -86,10 +86,10 @@ def test_settings_of_training_batches_are_ignored(folder, tmp_path):
 def test_same_size_is_not_the_same_tokenizer(folder, tokenizer, tmp_path):
     assert tokenizer.same_ids(Tokenizer(folder))
     other = tiny_tokenizer()
-    text = (folder / FAST_TOKENIZER).read_text(encoding="utf-8")
+    text = (folder / FILE).read_text(encoding="utf-8")
     text = text.replace('"▁cat"', '"▁dog"')
     other.save_pretrained(tmp_path)
-    (tmp_path / FAST_TOKENIZER).write_text(text, encoding="utf-8")
+    (tmp_path / FILE).write_text(text, encoding="utf-8")
     changed = Tokenizer(tmp_path)
     assert changed.size == tokenizer.size
     assert not tokenizer.same_ids(changed)
@@ -101,6 +101,6 @@ def test_folder_without_a_tokenizer(tmp_path):
 
 
 def test_broken_tokenizer(tmp_path):
-    (tmp_path / FAST_TOKENIZER).write_text("{")
+    (tmp_path / FILE).write_text("{")
     with pytest.raises(InputError, match="cannot read"):
         Tokenizer(tmp_path)

@@ -1,0 +1,233 @@
+"""A ``tokenizer.json``, through the tokenizers library: in milliseconds, no more.
+
+What it does to a text is composed in the file. Of known parts it takes time and memory
+in proportion to the text; of others (regular expressions that backtrack, replacements
+that grow) nobody knows, and :func:`is_plain` tells them apart.
+"""
+
+import base64
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+from tokenizers import Tokenizer as Library
+
+from errors import InputError
+from files import is_file, open_file
+
+FILE = "tokenizer.json"
+
+#: Bytes of a tokenizer.json; Gemma's has 35 million.
+FILE_BYTES = 1 << 28
+
+#: Regular expressions that are known to take linear time: T5's, and those of GPT-2,
+#: Llama 3 and Qwen 2.
+_WORDS = (
+    r"[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+REGEXES = (
+    " {2,}",
+    r"\s+",
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|" + _WORDS % r"\p{N}{1,3}",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|" + _WORDS % r"\p{N}",
+)
+
+#: Parts that need no look inside.
+_NORMALIZERS = {
+    *("BertNormalizer", "ByteLevel", "Lowercase", "Nmt", "Strip", "StripAccents"),
+    *("NFC", "NFD", "NFKC", "NFKD"),
+}
+_PRE_TOKENIZERS = {
+    *("BertPreTokenizer", "ByteLevel", "CharDelimiterSplit", "Digits", "Metaspace"),
+    *("Punctuation", "UnicodeScripts", "Whitespace", "WhitespaceSplit"),
+}
+_DECODERS = {
+    *("BPEDecoder", "ByteFallback", "ByteLevel", "Fuse", "Metaspace", "Strip"),
+    "WordPiece",
+}
+#: Parts of a sequence.
+_PARTS = 16
+#: The longest replacement of a character by a normalizer's own table. NMT's longest
+#: has 33 bytes: one character that stands for a blessing.
+_REPLACEMENT = 64
+#: Characters of a word that WordPiece looks at: it takes their square in time.
+_WORD = 1000
+
+
+class _Model(Struct):
+    type: str | None = None
+    max_input_chars_per_word: int = 100
+
+
+class _File(Struct):
+    """What is read of a tokenizer.json to judge it."""
+
+    model: _Model
+    normalizer: Any = None
+    pre_tokenizer: Any = None
+    decoder: Any = None
+
+
+def is_plain(folder: Path) -> bool:
+    """Whether the folder's tokenizer.json consists of nothing but known parts.
+
+    Raises:
+        InputError: it cannot be read, or is beyond all size.
+    """
+    path = folder / FILE
+    try:
+        with open_file(path) as file:
+            text = file.read(FILE_BYTES + 1)
+        if len(text) > FILE_BYTES:
+            raise InputError(f"{path} has over {FILE_BYTES >> 20} MB: none has")
+        parts = msgspec.json.decode(text, type=_File)
+    except (OSError, ValueError, RecursionError, msgspec.MsgspecError) as error:
+        raise InputError(f"cannot read {path}: {error}") from None
+    return (
+        _is_known(parts.normalizer, "normalizers", _is_plain_normalizer)
+        and _is_known(parts.pre_tokenizer, "pretokenizers", _is_plain_pre_tokenizer)
+        and _is_known(parts.decoder, "decoders", _is_plain_decoder)
+        and 0 <= parts.model.max_input_chars_per_word <= _WORD
+    )
+
+
+def _is_known(part: Any, inside: str, judge: Any) -> bool:
+    """Whether a part, or every part of a sequence, is known."""
+    if part is None:
+        return True
+    if not isinstance(part, dict):
+        return False
+    if part.get("type") != "Sequence":
+        return judge(part)
+    parts = part.get(inside)
+    return (
+        isinstance(parts, list)
+        and len(parts) <= _PARTS
+        and all(isinstance(each, dict) and judge(each) for each in parts)
+        and sum(each.get("type") == "Precompiled" for each in parts) <= 1
+    )
+
+
+def _is_plain_normalizer(part: dict[str, Any]) -> bool:
+    kind = part.get("type")
+    if kind == "Precompiled":
+        return _is_plain_table(part.get("precompiled_charsmap"))
+    if kind == "Prepend":
+        return isinstance(part.get("prepend"), str) and len(part["prepend"]) <= 8
+    return kind in _NORMALIZERS or _is_plain_replacement(part)
+
+
+def _is_plain_table(table: Any) -> bool:
+    """Whether a table of replacements has none that is long.
+
+    It is 4 bytes of size, a trie of that size, and the replacements, each ended by a 0.
+    """
+    try:
+        raw = base64.b64decode(table, validate=True)
+    except (TypeError, ValueError):
+        return False
+    replacements = raw[4 + int.from_bytes(raw[:4], "little") :]
+    return max(map(len, replacements.split(b"\0"))) <= _REPLACEMENT
+
+
+def _is_plain_pre_tokenizer(part: dict[str, Any]) -> bool:
+    if part.get("type") == "Split":
+        return _is_plain_pattern(part.get("pattern"))
+    return part.get("type") in _PRE_TOKENIZERS
+
+
+def _is_plain_decoder(part: dict[str, Any]) -> bool:
+    return part.get("type") in _DECODERS or _is_plain_replacement(part)
+
+
+def _is_plain_replacement(part: dict[str, Any]) -> bool:
+    """Whether it makes no text longer."""
+    pattern, content = part.get("pattern"), part.get("content")
+    return (
+        part.get("type") == "Replace"
+        and _is_plain_pattern(pattern)
+        and isinstance(content, str)
+        and len(content) <= max(1, len(pattern.get("String", "")))
+    )
+
+
+def _is_plain_pattern(pattern: Any) -> bool:
+    if not isinstance(pattern, dict) or len(pattern) != 1:
+        return False
+    string = pattern.get("String")
+    return pattern.get("Regex") in REGEXES or (isinstance(string, str) and string != "")
+
+
+class FastTokenizer:
+    """The folder's tokenizer.json; also the object that a confined process holds."""
+
+    def __init__(self, folder: Path):
+        """
+        Raises:
+            InputError: the file is damaged, or none that the library reads.
+        """
+        self._path = folder / FILE
+        if not is_file(self._path):
+            raise InputError(f"{folder} has no {FILE}")
+        self._library = self._ask(Library.from_file, str(self._path))
+        # Settings for training batches that some checkpoints carry.
+        self._ask(self._library.no_truncation)
+        self._ask(self._library.no_padding)
+
+    def ids(self) -> dict[str, int]:
+        """Every token's id."""
+        return self._ask(self._library.get_vocab, with_added_tokens=True)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, with the special tokens that the file says."""
+        return self._ask(self._library.encode, text).ids
+
+    def decode(self, tokens: list[int], skip_special: bool) -> str:
+        """Text of token ids, with or without special tokens."""
+        return self._ask(self._library.decode, tokens, skip_special_tokens=skip_special)
+
+    def _ask(self, function: Any, *arguments: Any, **options: Any) -> Any:
+        """Call the library: it raises plain Exceptions, and panics that are none."""
+        try:
+            with _muted():
+                return function(*arguments, **options)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            text = (str(error) or type(error).__name__).splitlines()[0]
+            raise InputError(f"cannot use {self._path}: {text}") from None
+
+
+def open_folder(folder: Path) -> FastTokenizer:
+    """For :mod:`confined`."""
+    return FastTokenizer(folder)
+
+
+_muting = threading.Lock()
+
+
+@contextmanager
+def _muted() -> Iterator[None]:
+    """Nothing goes to the process's stderr: a panic of Rust's prints a page there."""
+    with _muting:
+        sys.stderr.flush()
+        try:
+            kept = os.dup(2)
+        except OSError:  # there is none
+            yield
+            return
+        try:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, 2)
+            os.close(nowhere)
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
