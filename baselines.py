@@ -67,7 +67,7 @@ def to_transformers(model: T5, folder: Path) -> Any:
 
     if is_slim(model):
         model = load(folder)
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     tied = "head" not in model
     config.scale_decoder_outputs = model.config.scale_outputs
     reference = AutoModelForSeq2SeqLM.from_config(config)

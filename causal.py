@@ -16,13 +16,18 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
 from checkpoint import CONFIG, GENERATION_CONFIG
-from config import find_size
+from config import Special, find_size
 from errors import InputError
-from files import read_json
+from files import read_json, typed
 from model import check_prompts, check_rewind, prepare_memory
 from sampling import ban
+from sources import open_checkpoint
 
 HINT = "decoder-only models need mlx-lm: pip install -r requirements-causal.txt"
+
+#: What a config may call the number of its layers, and how many experts one has.
+_LAYERS = {"num_hidden_layers", "num_layers", "n_layers", "n_layer"}
+_EXPERTS = 4096
 
 PREFILL = 2048  # prompt tokens that go through the model at a time
 ROOM = 256  # positions by which a cache grows
@@ -37,6 +42,9 @@ def load(folder: Path) -> nn.Module:
         InputError: mlx-lm is missing or does not have this architecture, the files are
             damaged, or the weights do not fit the memory.
     """
+    config = read_json(folder / CONFIG)
+    refuse_code(config, folder)
+    require_weights(config, folder)
     try:
         from mlx_lm.utils import _get_classes, dequantize_model, load_model
     except ImportError:
@@ -55,7 +63,7 @@ def load(folder: Path) -> nn.Module:
         model, _ = load_model(
             folder,
             lazy=True,
-            model_config=_rope(read_json(folder / CONFIG)),
+            model_config=_rope(config),
             get_model_classes=classes,
         )
     except Exception as error:  # of any kind, for whatever a folder may hold
@@ -68,6 +76,55 @@ def load(folder: Path) -> nn.Module:
     mx.eval(model.parameters())
     model.eval()
     return model
+
+
+def refuse_code(config: dict[str, Any], folder: Path) -> None:
+    """See to it that the folder's model is one of mlx-lm's, not Python that it brings.
+
+    No code of a folder is ever run. ``auto_map`` names code as well; where transformers
+    has the architecture itself, as it has Phi-3, that is a leftover and not needed.
+
+    Raises:
+        InputError: the model is defined by code in its folder.
+    """
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or not kind.isidentifier():
+        raise InputError(f"{folder / CONFIG} has no model_type that is a name")
+    needed = "model_file" if config.get("model_file") is not None else None
+    if not needed and config.get("auto_map") is not None:
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+        needed = None if kind in CONFIG_MAPPING_NAMES else "auto_map"
+    if needed:
+        raise InputError(
+            f"{folder / CONFIG} wants Python of the folder run ({needed}): no code "
+            f"that comes with a model is run here"
+        )
+
+
+def require_weights(config: dict[str, Any], folder: Path) -> None:
+    """See to it that the weights are whole, and that there are some for every layer.
+
+    mlx-lm makes the layers that a config asks for before it looks at the weights.
+
+    Raises:
+        InputError: they are damaged, missing, or fewer than the layers.
+    """
+    tensors = open_checkpoint(folder)
+    inner = config.get("text_config")
+    for values in (config, inner if isinstance(inner, dict) else {}):
+        for name, value in values.items():
+            most = len(tensors) if name in _LAYERS else _EXPERTS
+            if (name in _LAYERS or "expert" in name) and not _is_count(value, most):
+                raise InputError(
+                    f"{folder / CONFIG} does not fit the weights: {name} is {value}, "
+                    f"and they are {len(tensors)} tensors"
+                )
+
+
+def _is_count(value: Any, most: int) -> bool:
+    """Whether it is no number that counts something, or not more than ``most``."""
+    return not isinstance(value, int | float) or value <= most
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
@@ -117,11 +174,8 @@ def eos_tokens(folder: Path) -> frozenset[int]:
     found: set[int] = set()
     for name in (CONFIG, GENERATION_CONFIG):
         config = read_json(folder / name, optional=name != CONFIG)
-        ends = config.get("eos_token_id")
-        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-        if not all(isinstance(end, int) for end in ends):
-            raise InputError(f"{folder / name} has an odd eos_token_id: {ends}")
-        found.update(ends)
+        ends = typed(config, Special, str(folder / name)).eos_token_id
+        found.update(ends if isinstance(ends, list) else [] if ends is None else [ends])
     return frozenset(found)
 
 

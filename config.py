@@ -84,7 +84,7 @@ Epsilon = Annotated[float, Meta(gt=0, le=1)]
 Id = Annotated[int, Meta(ge=-1, lt=1 << 31)]  # -1: none, in some older files
 
 
-class _Special(Struct):
+class Special(Struct):
     """The ids that either config may name."""
 
     decoder_start_token_id: Id | None = None
@@ -100,7 +100,7 @@ class _Quantized(Struct):
     mode: str = "affine"
 
 
-class _Fields(_Special, kw_only=True):
+class _Fields(Special, kw_only=True):
     """The fields of ``config.json`` that shape the computation."""
 
     vocab_size: Size
@@ -157,7 +157,7 @@ class T5Config:
                 f"{', '.join(FAMILY)} are supported"
             )
         fields = typed(config, _Fields, "the config")
-        said = typed(generation, _Special, "the generation config")
+        said = typed(generation, Special, "the generation config")
         feed_forward = fields.feed_forward_proj
         if feed_forward is None:
             feed_forward = "relu" if kind == "t5" else "gated-gelu"

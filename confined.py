@@ -136,14 +136,12 @@ def serve(module: str, folder: Path, pipe: Connection) -> None:
     seconds = SECONDS + SECONDS_PER_MB * size / 1e6
     limit_memory(MEMORY + MEMORY_PER_BYTE * size)
     limit_seconds(seconds)
-    answer = _attempt(folder, opener, folder)
-    program = answer.pop("value", None)
-    pipe.send_bytes(msgspec.json.encode(answer or {"value": None}))
-    while program is not None:
+    held = []
+    pipe.send_bytes(_answer(folder, lambda: held.append(opener(folder))))
+    while held:
         method, *arguments = msgspec.json.decode(pipe.recv_bytes())
         limit_seconds(seconds)
-        answer = _attempt(folder, getattr(program, method), *arguments)
-        pipe.send_bytes(msgspec.json.encode(answer))
+        pipe.send_bytes(_answer(folder, getattr(held[0], method), *arguments))
 
 
 def _counts(path: Path) -> bool:
@@ -151,14 +149,15 @@ def _counts(path: Path) -> bool:
     return path.is_file() and path.suffix in (".json", ".model", ".txt", ".jinja")
 
 
-def _attempt(folder: Path, call: Any, *arguments: Any) -> dict[str, Any]:
+def _answer(folder: Path, call: Any, *arguments: Any) -> bytes:
+    """What a call returns, or why it does not, as it is sent."""
     try:
-        return {"value": call(*arguments)}
+        return msgspec.json.encode({"value": call(*arguments)})
     except InputError as error:
-        return {"error": str(error)}
+        return msgspec.json.encode({"error": str(error)})
     except BaseException as error:  # a panic of Rust's is no Exception
         text = (str(error) or type(error).__name__).splitlines()[0]
-        return {"error": f"{folder}: its tokenizer fails: {text}"}
+        return msgspec.json.encode({"error": f"{folder}: its tokenizer fails: {text}"})
 
 
 if __name__ == "__main__":

@@ -86,7 +86,6 @@ def replacing(output: Path) -> Iterator[Path]:
     aside = _aside(output)
     _clear(output)
     check_replaceable(output)
-    check_replaceable(aside)
     partial = _partial(output, os.getpid())
     partial.mkdir()
     try:
@@ -95,19 +94,17 @@ def replacing(output: Path) -> Iterator[Path]:
         files = sorted(path for path in partial.iterdir() if path.name != MARK)
         _write_mark(partial, _Mark({path.name: _describe(path) for path in files}))
         check_replaceable(output)
-        if aside.exists():  # left by a conversion that was killed after its renames
-            _delete(aside, output)
         if output.exists():
             output.rename(aside)
         try:
             partial.rename(output)
         except BaseException:
-            if aside.exists():
+            if not output.exists() and aside.exists():
                 aside.rename(output)
             raise
-        if aside.exists():
-            _delete(aside, output)
     finally:
+        if output.exists() and aside.exists():
+            _delete(aside, output)
         if partial.exists():
             _unlink(partial, [path.name for path in partial.iterdir()])
 
@@ -155,6 +152,10 @@ def _partials(output: Path) -> list[Path]:
 def _clear(output: Path) -> None:
     """Clear away, or put back, what a killed conversion into ``output`` left."""
     recover(output)
+    aside = _aside(output)
+    if aside.exists():  # the kill came after the renames
+        check_replaceable(aside)
+        _delete(aside, output)
     for stale in _partials(output):
         if not _is_running(stale.name.rpartition("-")[2]) and not stale.is_symlink():
             names = [path.name for path in stale.iterdir()]
@@ -169,7 +170,8 @@ def _delete(aside: Path, output: Path) -> None:
     """
     partial = _partial(output, os.getpid())
     aside.rename(partial)
-    _unlink(partial, [*_read_mark(partial).files, *_NOBODYS])
+    known = _read_mark(partial).files if (partial / MARK).is_file() else ()
+    _unlink(partial, [*known, *_NOBODYS])
 
 
 def _unlink(folder: Path, names: list[str]) -> None:

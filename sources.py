@@ -141,7 +141,8 @@ def _shards(index: Path) -> list[str]:
     """The files that an index names, in order: of its own folder, no other."""
     files = set(typed(read_json(index), _Index, str(index)).weight_map.values())
     for file in files:
-        if file != Path(file).name or "\\" in file or "\0" in file:
+        odd = file in ("", "..") or "\\" in file or "\0" in file
+        if odd or file != Path(file).name:
             raise InputError(f"{index} names {file}, which is no file of its folder")
     return sorted(files)
 

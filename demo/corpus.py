@@ -121,7 +121,9 @@ def learn_tokenizer(
         )
     except RuntimeError as error:
         raise InputError(f"no tokenizer with --vocabulary {size}: {error}") from None
-    return T5Tokenizer.from_pretrained(output, extra_ids=SENTINELS)
+    return T5Tokenizer.from_pretrained(
+        output, extra_ids=SENTINELS, trust_remote_code=False
+    )
 
 
 def from_text(rows: list[list[str]], tokenizer: PreTrainedTokenizerBase) -> Examples:

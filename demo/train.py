@@ -449,7 +449,9 @@ def same_tokenizer(*folders: Path) -> PreTrainedTokenizerBase:
         if not any([*folder.glob("tokenizer*"), *folder.glob("*piece*.model")]):
             raise InputError(f"{folder} holds no tokenizer")
         try:
-            tokenizers.append(AutoTokenizer.from_pretrained(folder))
+            tokenizers.append(
+                AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            )
         except (OSError, ValueError) as error:
             raise InputError(f"{folder} holds no usable tokenizer: {error}") from None
         if tokenizers[-1].get_vocab() != tokenizers[0].get_vocab():
@@ -471,7 +473,9 @@ def check_t5(folder: Path) -> None:
 def load_t5(folder: Path) -> T5ForConditionalGeneration:
     check_t5(folder)
     # In float32 as on our CPUs: rounded logits would tie, and float16 overflow.
-    return T5ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    return T5ForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=False
+    )
 
 
 def describe(args: Namespace) -> dict[str, Any]:
@@ -629,7 +633,7 @@ def teachers_ids(
     folder: Path, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[int, dict[str, Any]]:
     """Rows of embedding and the special ids that a draft of this teacher needs."""
-    config = T5Config.from_pretrained(folder)
+    config = T5Config.from_pretrained(folder, trust_remote_code=False)
     generation = None
     if (folder / "generation_config.json").is_file():
         generation = GenerationConfig.from_pretrained(folder)
@@ -650,7 +654,7 @@ def main() -> None:
         model = grown(load_t5(args.origin), args.encoder_layers, args.decoder_layers)
         tokenizer = tokenizer or same_tokenizer(args.origin)
     if begin(args) and (args.output / "tokenizer.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(args.output)
+        tokenizer = AutoTokenizer.from_pretrained(args.output, trust_remote_code=False)
     if tokenizer is None:
         tokenizer = corpus.learn_tokenizer(rows, args.vocabulary, args.output)
     tokenizer.save_pretrained(args.output)

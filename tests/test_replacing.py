@@ -1,0 +1,271 @@
+"""replacing.py: nothing of the user's is deleted, and a kill leaves a whole model."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import checkpoint
+import convert
+from checkpoint import WEIGHTS, locate
+from errors import InputError
+from replacing import MARK, check_replaceable, recover, replacing
+
+
+def fill(output: Path, text: str) -> None:
+    """A conversion, as far as replacing.py is concerned."""
+    with replacing(output) as folder:
+        (folder / WEIGHTS).write_text(text)
+        (folder / "config.json").write_text("{}")
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_every_file_is_in_the_mark(make):
+    """What a conversion writes, and nothing else, may be deleted by the next."""
+    folder = make()[2]
+    marked = json.loads((folder / MARK).read_text())["files"]
+    assert sorted(marked) == [name for name in names(folder) if name != MARK]
+    check_replaceable(folder)
+
+
+def test_an_earlier_conversion_is_replaced(tmp_path):
+    out = tmp_path / "x"
+    fill(out, "old")
+    (out / ".DS_Store").touch()  # Finder looked at it
+    fill(out, "new")
+    assert (out / WEIGHTS).read_text() == "new"
+    assert names(tmp_path) == ["x"]
+    assert names(out) == ["config.json", MARK, WEIGHTS]
+
+
+def own_file(out):
+    (out / "notes.txt").write_text("mine")
+    return "notes.txt"
+
+
+def own_folder(out):
+    (out / "thesis").mkdir()
+    (out / "thesis" / "chapter1").write_text("mine")
+    return "thesis"
+
+
+def changed_file(out):
+    (out / "config.json").write_text("[]")  # as long as it was
+    return "config.json"
+
+
+def larger_file(out):
+    (out / WEIGHTS).write_text("fine-tuned since")
+    return WEIGHTS
+
+
+def link_for_a_file(out):
+    kept = out.parent / "disk2"
+    (out / WEIGHTS).rename(kept)
+    (out / WEIGHTS).symlink_to(kept)
+    return WEIGHTS
+
+
+def folder_for_a_file(out):
+    (out / "config.json").unlink()
+    (out / "config.json").mkdir()
+    return "config.json"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        own_file,
+        own_folder,
+        changed_file,
+        larger_file,
+        link_for_a_file,
+        folder_for_a_file,
+    ],
+)
+@pytest.mark.parametrize("late", [False, True], ids=["before", "while converting"])
+def test_a_file_of_the_users_stops_it(tmp_path, change, late):
+    """It is named, and stays; also one that comes while a long conversion runs."""
+    out = tmp_path / "x"
+    fill(out, "old")
+    if not late:
+        name = change(out)
+    before = sorted(out.rglob("*"))
+    with pytest.raises(InputError) as error, replacing(out) as folder:
+        assert late
+        (folder / WEIGHTS).write_text("new")
+        name = change(out)
+        before = sorted(out.rglob("*"))
+    assert f"{out / name} " in str(error.value)
+    assert sorted(out.rglob("*")) == before
+    assert not [path for path in names(tmp_path) if path.startswith(".")]
+
+
+@pytest.mark.parametrize("damage", ["[]", "{}", '{"files": 1}', '{"files": {"../y"'])
+def test_a_mark_of_somebody_elses(tmp_path, damage):
+    """conversion.json in a folder does not make it ours, nor can it name others."""
+    out = tmp_path / "x"
+    out.mkdir()
+    (out / WEIGHTS).write_text("mine")
+    (out / MARK).write_text(damage)
+    with pytest.raises(InputError):
+        fill(out, "new")
+    assert (out / WEIGHTS).read_text() == "mine"
+
+
+def test_a_mark_that_leads_out_of_the_folder(tmp_path):
+    out = tmp_path / "x"
+    fill(out, "old")
+    (tmp_path / "y").write_text("mine")
+    mark = json.loads((out / MARK).read_text())
+    mark["files"]["../y"] = {"size": 4, "sha256": None}
+    (out / MARK).write_text(json.dumps(mark))
+    with pytest.raises(InputError, match="not in its folder"):
+        fill(out, "new")
+    assert (tmp_path / "y").exists()
+
+
+def test_what_is_no_conversion(tmp_path):
+    """A file, a folder that an earlier version made: kept. An empty one is free."""
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(InputError, match="no folder"):
+        fill(tmp_path / "file", "new")
+    (tmp_path / "unmarked").mkdir()
+    (tmp_path / "unmarked" / WEIGHTS).write_text("by an earlier version")
+    with pytest.raises(InputError, match="stays as it is"):
+        fill(tmp_path / "unmarked", "new")
+    (tmp_path / "empty").mkdir()
+    fill(tmp_path / "empty", "new")
+    assert (tmp_path / "empty" / WEIGHTS).read_text() == "new"
+
+
+@pytest.mark.parametrize("name", [".x.replaced", ".x.partial-backup", ".x.partial-1a"])
+def test_folders_whose_names_look_like_ours(tmp_path, name):
+    """A user's folder beside the output, named as ours are: it stays."""
+    fill(tmp_path / "x", "old")
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "precious").write_text("mine")
+    try:
+        fill(tmp_path / "x", "new")
+    except InputError as error:
+        assert name in str(error)
+    assert (tmp_path / name / "precious").read_text() == "mine"
+
+
+def test_partial_folders_that_are_not_ours(tmp_path):
+    """A dead process's number is no proof: without our mark nothing is deleted."""
+    stranger = tmp_path / ".x.partial-99999999"
+    stranger.mkdir()
+    (stranger / "precious").write_text("mine")
+    fill(tmp_path / "x", "new")
+    assert (stranger / "precious").exists()
+    shutil.rmtree(stranger)
+    stranger.mkdir()
+    (stranger / MARK).write_text('{"files": {}}')
+    (stranger / WEIGHTS).write_text("half")
+    fill(tmp_path / "x", "new")
+    assert names(tmp_path) == ["x"]
+
+
+def test_a_link_stays(make, tmp_path):
+    """models on another disk: what the link leads to is replaced, the link is not."""
+    (tmp_path / "disk2").mkdir()
+    link = tmp_path / "mlx"
+    link.symlink_to(tmp_path / "disk2" / "mlx")
+    for _ in range(2):  # a link that leads nowhere yet, then one to a conversion
+        convert.convert(make()[1], link)
+        assert link.is_symlink()
+        assert (tmp_path / "disk2" / "mlx" / WEIGHTS).is_file()
+    assert names(tmp_path) == ["disk2", "mlx"]
+    assert names(tmp_path / "disk2") == ["mlx"]
+    circle = tmp_path / "circle"
+    circle.symlink_to(circle)
+    with pytest.raises(InputError, match="cannot write"):
+        convert.convert(make()[1], circle)
+
+
+#: Kills itself at the Nth call that changes a file or folder: Python tells of each.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from replacing import replacing
+left = int(sys.argv[3])
+def watch(event, arguments):
+    global left
+    changes = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir") or (
+        event == "open" and arguments[1] in ("w", "wb", "x"))
+    if changes and "models" in str(arguments):
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(watch)
+with replacing(Path(sys.argv[2])) as folder:
+    (folder / "weights.npz").write_text("new")
+    (folder / "config.json").write_text("{}")
+"""
+
+
+def test_killed_at_any_point(tmp_path):
+    """There is the old or the new model, for main.py and for the next conversion."""
+    project = str(Path(convert.__file__).parent)
+    out = tmp_path / "models" / "x"
+    seen = set()
+    for point in range(100):
+        shutil.rmtree(out.parent, ignore_errors=True)
+        fill(out, "old")
+        script = [sys.executable, "-c", KILLED, project, str(out), str(point)]
+        status = subprocess.run(script).returncode
+        found = locate(str(out))
+        seen.add((found / WEIGHTS).read_text())
+        assert json.loads((found / "config.json").read_text()) == {}
+        fill(out, "newer")
+        assert names(out.parent) == ["x"]
+        assert (out / WEIGHTS).read_text() == "newer"
+        if status == 0:
+            break
+    assert status == 0
+    assert point > 10
+    assert seen == {"old", "new"}
+
+
+def test_the_earlier_model_where_nothing_can_be_renamed(tmp_path, monkeypatch):
+    """Killed between the renames, in a folder that main.py may not write to."""
+    out = tmp_path / "x"
+    fill(out, "old")
+    aside = out.rename(tmp_path / ".x.replaced")
+
+    def barred(*_):
+        raise PermissionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", barred)
+        assert locate(str(out)) == aside
+    monkeypatch.setattr(checkpoint, "MODELS", tmp_path)
+    assert locate("x") == out  # by name, and put back
+    assert names(tmp_path) == ["x"]
+
+
+def test_a_running_conversion_is_left_alone(tmp_path):
+    """Between its renames main.py reads the earlier model, and moves nothing."""
+    out = tmp_path / "x"
+    fill(out, "old")
+    aside = out.rename(tmp_path / ".x.replaced")
+    (tmp_path / f".x.partial-{os.getpid()}").mkdir()
+    assert recover(out) == aside
+    assert not out.exists()
+
+
+def test_list_shows_what_a_kill_left(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "MODELS", tmp_path)
+    convert.convert(make()[1], tmp_path / "x")
+    (tmp_path / "x").rename(tmp_path / ".x.replaced")
+    (line,) = convert.list_models(tmp_path)
+    assert line.startswith("x: ")
