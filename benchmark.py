@@ -16,10 +16,8 @@ With translations to compare with in the file (a tab after the prompt, then one)
 is a column of sacreBLEU: a prompt's lines together are its references.
 """
 
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback from an import
+if __name__ == "__main__":
+    import interrupt  # noqa: F401  (first: see there)
 
 import fast_blas
 

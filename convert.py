@@ -8,6 +8,9 @@ the memory needed does not grow with the model. The folder appears by a rename w
 is complete; until then an earlier one stays.
 """
 
+if __name__ == "__main__":
+    import interrupt  # noqa: F401  (first: see there)
+
 import errno
 import json
 import math
@@ -20,12 +23,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errors import InputError, Parser, run
-from files import is_file, read_json
-from replacing import check_replaceable, recover, replacing
-from sources import Tensor, fetch, open_checkpoint
 
+# What takes time to import is imported inside functions, so that Ctrl-C is clean from
+# the first moment on.
 if TYPE_CHECKING:
     from config import Quantization
+    from sources import Tensor
 
 #: Above this, ``--dtype auto`` stores float32 checkpoints as bfloat16.
 BILLION = 1_000_000_000
@@ -91,7 +94,7 @@ def recipe(
     return names
 
 
-def plan(config: Any, tensors: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
+def plan(config: Any, tensors: "Mapping[str, Tensor]") -> "dict[str, list[Tensor]]":
     """The source tensors of each of ours, every one of the checkpoint accounted for.
 
     Raises:
@@ -128,14 +131,14 @@ def plan(config: Any, tensors: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
     return steps
 
 
-def _stacked(parts: list[Tensor]) -> tuple[int, ...]:
+def _stacked(parts: "list[Tensor]") -> tuple[int, ...]:
     """The shape of all parts, one below the other."""
     if any(not part.shape for part in parts):
         return ()  # a number stacks with nothing, and no weight is one
     return (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
 
 
-def _is_tied(tensors: Mapping[str, Tensor], embedding: str) -> bool:
+def _is_tied(tensors: "Mapping[str, Tensor]", embedding: str) -> bool:
     """Whether the output head is the embedding: there is no other, or it is a copy."""
     import numpy as np
 
@@ -145,7 +148,7 @@ def _is_tied(tensors: Mapping[str, Tensor], embedding: str) -> bool:
     return head.shape == shared.shape and np.array_equal(head.bits, shared.bits)
 
 
-def choose_dtype(wanted: str, tensors: Mapping[str, Tensor]) -> str:
+def choose_dtype(wanted: str, tensors: "Mapping[str, Tensor]") -> str:
     """The dtype to store: as asked, or for ``auto`` what most of the checkpoint is in,
     but bfloat16 for float32 models of over a billion parameters."""
     if wanted != "auto":
@@ -210,6 +213,9 @@ def convert(
     """
     from checkpoint import CONFIG, GENERATION_CONFIG, WEIGHTS
     from config import T5Config
+    from files import is_file, read_json
+    from replacing import check_replaceable, replacing
+    from sources import open_checkpoint
 
     try:
         output = output.resolve()  # a link stays, and what it leads to is replaced
@@ -244,7 +250,7 @@ def convert(
 
 
 def _require_space(
-    folder: Path, steps: Mapping[str, list[Tensor]], storage: Storage
+    folder: Path, steps: "Mapping[str, list[Tensor]]", storage: Storage
 ) -> None:
     needed = sum(storage.bytes(name, _stacked(parts)) for name, parts in steps.items())
     free = shutil.disk_usage(folder).free
@@ -256,7 +262,7 @@ def _require_space(
 
 
 def _write_weights(
-    path: Path, steps: Mapping[str, list[Tensor]], storage: Storage
+    path: Path, steps: "Mapping[str, list[Tensor]]", storage: Storage
 ) -> None:
     import mlx.core as mx
 
@@ -280,7 +286,7 @@ def _write_weights(
                 writer.write(name, _stacked(parts), dtype, blocks)
 
 
-def _blocks(parts: list[Tensor], dtype: Any, progress: Any) -> Iterator[Any]:
+def _blocks(parts: "list[Tensor]", dtype: Any, progress: Any) -> Iterator[Any]:
     """The rows of all parts, one part after the other, converted.
 
     Raises:
@@ -395,6 +401,7 @@ def list_models(models: Path) -> Iterator[str]:
     from checkpoint import WEIGHTS, MappedWeights
     from config import T5Config
     from model import T5, parameter_count
+    from replacing import recover
 
     for killed in models.glob(".*.replaced"):
         recover(models / killed.name[1:].removesuffix(".replaced"))
@@ -430,6 +437,8 @@ def main() -> None:
         quantization = Quantization.choose(
             arguments.q_mode or "affine", arguments.q_bits, arguments.q_group_size
         )
+    from sources import fetch
+
     source = fetch(arguments.model, arguments.revision)
     # The hub's cache names folders by commit; a local one may be '.'.
     local = Path(arguments.model)

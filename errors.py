@@ -35,8 +35,16 @@ def run(main: Callable[[], None], name: str) -> int:
     130 after Ctrl-C.
     """
     status = 0
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    interrupted = False
+
+    def interrupt(*_: object) -> NoReturn:
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, interrupt)
     try:
         main()
         sys.stdout.flush()
@@ -51,6 +59,13 @@ def run(main: Callable[[], None], name: str) -> int:
         _drop_stdout()
         print(f"{name}: {one_line(str(error))}", file=sys.stderr)
         status = 2
+    except ImportError:
+        # A library that is being imported makes an error of its own of a Ctrl-C.
+        if not interrupted:
+            raise
+        status = 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     _settle_device()
     return status
 

@@ -52,8 +52,10 @@ _DECODERS = {
     *("BPEDecoder", "ByteFallback", "ByteLevel", "Fuse", "Metaspace", "Strip"),
     "WordPiece",
 }
-#: Parts of a sequence.
+_POST_PROCESSORS = {"BertProcessing", "ByteLevel", "RobertaProcessing"}
+#: Parts of a sequence; tokens in a template, and ids of one of them.
 _PARTS = 16
+_TOKENS = 64
 #: The longest replacement of a character by a normalizer's own table. NMT's longest
 #: has 33 bytes: one character that stands for a blessing.
 _REPLACEMENT = 64
@@ -72,6 +74,7 @@ class _File(Struct):
     model: _Model
     normalizer: Any = None
     pre_tokenizer: Any = None
+    post_processor: Any = None
     decoder: Any = None
 
 
@@ -93,6 +96,7 @@ def is_plain(folder: Path) -> bool:
     return (
         _is_known(parts.normalizer, "normalizers", _is_plain_normalizer)
         and _is_known(parts.pre_tokenizer, "pretokenizers", _is_plain_pre_tokenizer)
+        and _is_known(parts.post_processor, "processors", _is_plain_post_processor)
         and _is_known(parts.decoder, "decoders", _is_plain_decoder)
         and 0 <= parts.model.max_input_chars_per_word <= _WORD
     )
@@ -141,6 +145,18 @@ def _is_plain_pre_tokenizer(part: dict[str, Any]) -> bool:
     if part.get("type") == "Split":
         return _is_plain_pattern(part.get("pattern"))
     return part.get("type") in _PRE_TOKENIZERS
+
+
+def _is_plain_post_processor(part: dict[str, Any]) -> bool:
+    if part.get("type") != "TemplateProcessing":
+        return part.get("type") in _POST_PROCESSORS
+    single, tokens = part.get("single"), part.get("special_tokens")
+    if not isinstance(single, list) or not isinstance(tokens, dict):
+        return False
+    ids = [token.get("ids") for token in tokens.values() if isinstance(token, dict)]
+    return len(single) <= _TOKENS and all(
+        isinstance(each, list) and len(each) <= _TOKENS for each in ids
+    )
 
 
 def _is_plain_decoder(part: dict[str, Any]) -> bool:

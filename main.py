@@ -6,6 +6,9 @@ A small draft model proposes tokens and the large target model checks them all a
 the text is what the target alone would write. Text goes to stdout, all else to stderr.
 """
 
+if __name__ == "__main__":
+    import interrupt  # noqa: F401  (first: see there)
+
 import json
 import os
 import sys

@@ -425,6 +425,19 @@ def several(*parts: dict) -> dict:
 SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
 
 
+def template(tokens: int, ids: int) -> dict:
+    """Tokens around a text, each of which stands for several ids: they multiply."""
+    token = {"SpecialToken": {"id": "</s>", "type_id": 0}}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    special = {"</s>": {"id": "</s>", "ids": [1] * ids, "tokens": ["</s>"] * ids}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [text, *[token] * (tokens - 1)],
+        "pair": [text],
+        "special_tokens": special,
+    }
+
+
 @pytest.mark.parametrize(
     "parts, plain",
     [
@@ -451,6 +464,10 @@ SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
         ({"pre_tokenizer": SPLIT | {"pattern": {"Regex": r"\s+"}}}, True),
         ({"pre_tokenizer": SPLIT | {"pattern": {"Regex": r"(\w+\s?)+$"}}}, False),
         ({"pre_tokenizer": SPLIT | {"pattern": {"String": "x"}}}, True),
+        ({"post_processor": template(2, 64)}, True),
+        ({"post_processor": template(65, 1)}, False),
+        ({"post_processor": template(2, 65)}, False),
+        ({"post_processor": {"type": "Unheard"}}, False),
         ({"decoder": {"type": "CTC"}}, False),
         ({"decoder": REPLACE | {"content": "b" * 9}}, False),
     ],
@@ -487,6 +504,15 @@ def test_replacements_that_grow(tmp_path):
     tokenizer = Tokenizer(tokenizer_with(tmp_path, normalizer=bomb))
     with pytest.raises(InputError, match="crashes or takes more"):
         tokenizer.encode("a")
+
+
+def test_templates_that_multiply(tmp_path):
+    """A file of a megabyte whose template adds four thousand million ids."""
+    if sys.platform != "linux":
+        pytest.skip("macOS does not enforce the limit")
+    folder = tokenizer_with(tmp_path, post_processor=template(20_000, 200_000))
+    with pytest.raises(InputError, match=r"crashes or takes|longer than it may"):
+        Tokenizer(folder).encode("a")
 
 
 def test_a_panic_is_one_line(tmp_path, capfd):
