@@ -137,7 +137,10 @@ def _is_plain_table(table: Any) -> bool:
         raw = base64.b64decode(table, validate=True)
     except (TypeError, ValueError):
         return False
-    replacements = raw[4 + int.from_bytes(raw[:4], "little") :]
+    trie = int.from_bytes(raw[:4], "little")
+    if trie % 4 or 4 + trie > len(raw):
+        return False  # the library makes room for what the table says, not for what is
+    replacements = raw[4 + trie :]
     return max(map(len, replacements.split(b"\0"))) <= _REPLACEMENT
 
 

@@ -149,3 +149,5 @@ def typed(values: Mapping[str, Any], schema: type[T], what: str) -> T:
             f"{what} has an odd value in {field or 'its root'}: "
             f"{reason[:1].lower()}{reason[1:]}"
         ) from None
+    except UnicodeError as error:  # half of a surrogate pair, that JSON can write
+        raise InputError(f"{what} has text that is no Unicode: {error}") from None

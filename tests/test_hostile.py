@@ -81,6 +81,21 @@ def test_huge_json(tmp_path, monkeypatch):
         read_json(tmp_path / "x.json")
 
 
+@pytest.mark.parametrize(
+    "fields", [{"d_ff": "\ud800"}, {"\ud800": 1}, {"tie_word_embeddings": "\ud800"}]
+)
+def test_half_a_character(hub, tmp_path, fields):
+    """JSON can write what no text holds."""
+    edit(hub / "config.json", **fields)
+    with pytest.raises(InputError, match=r"no Unicode|d_ff"):
+        convert.convert(hub, tmp_path / "out")
+    sharded(hub, "x").joinpath("model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "b"}} | fields)
+    )
+    with pytest.raises(InputError):
+        sources.open_checkpoint(hub)
+
+
 WRONG = (None, True, "7", "1e400", [], {}, [7], 7.5, -1, 0, 1 << 31, 10**400)
 SIZES = (
     *("vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "num_layers"),
@@ -454,6 +469,7 @@ def template(tokens: int, ids: int) -> dict:
         ({"normalizer": table("AAAAAA==")}, True),  # a trie of no bytes
         ({"normalizer": table("?")}, False),
         ({"normalizer": table("A" * 400)}, True),
+        ({"normalizer": table("AAAAgA==")}, False),  # a trie of 2 GB, it says
         ({"normalizer": table("AAAAAE" + "F" * 98)}, False),
         ({"normalizer": several(*[{"type": "NFC"}] * 16)}, True),
         ({"normalizer": several(*[{"type": "NFC"}] * 17)}, False),

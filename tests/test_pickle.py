@@ -125,6 +125,8 @@ ODD = {
     },
     "a tensor as a shape": {"shape": b"}", "strides": b"}"},
     "another kind": {"kind": text("module")},
+    "a kind that takes forever to print": {"kind": b"Kaq\0" + b"h\0h\0\x86q\0" * 60},
+    "a kind that is too deep to print": {"kind": b"K\1" + b"\x85" * 100_000},
     "a name that is none": {"name": number(3)},
     "a name of 5,000 bytes": {"name": text("x" * 5000)},
     "a list as a name": {"name": b"]"},
