@@ -48,13 +48,17 @@ class Confined:
         Raises:
             InputError: as for :meth:`call`.
         """
-        self._folder = folder
+        self._module, self._folder = module, folder
+        self._start()
+
+    def _start(self) -> None:
         ours, theirs = socket.socketpair()
         secrets = {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"}
         environment = {k: v for k, v in os.environ.items() if k not in secrets}
+        module, folder = self._module, str(self._folder)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, __file__, module, str(folder), str(theirs.fileno())],
+                [sys.executable, __file__, module, folder, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -70,9 +74,11 @@ class Confined:
         """Call a method with arguments, and return a value, that JSON has a form for.
 
         Raises:
-            InputError: the method failed, crashed, or went beyond a limit; the process
-                is gone then.
+            InputError: the method failed, crashed, or went beyond a limit: the process
+                is gone then, and the next call starts another.
         """
+        if not self._end.alive:
+            self._start()
         try:
             self._pipe.send_bytes(msgspec.json.encode([method, *arguments]))
         except OSError:
@@ -90,9 +96,10 @@ class Confined:
             else:
                 self._end()
         except (EOFError, OSError):
-            self._pipe.close()
-            self._process.kill()
-            if self._process.wait() == -signal.SIGXCPU:
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(5)  # of whatever ended it, not of being killed
+            self._end()
+            if self._process.returncode == -signal.SIGXCPU:
                 raise InputError(
                     f"{self._folder}: {what} takes longer than it may, which no "
                     f"tokenizer or chat template needs"

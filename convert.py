@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from errors import InputError, Parser, run
+from errors import InputError, Parser, one_line, run
 
 # What takes time to import is imported inside functions, so that Ctrl-C is clean from
 # the first moment on.
@@ -410,7 +410,7 @@ def list_models(models: Path) -> Iterator[str]:
             weights = MappedWeights(path)
             config = T5Config.read(path.parent)
         except InputError as error:
-            yield f"{path.parent.name}: {error}"
+            yield f"{path.parent.name}: {one_line(str(error))}"
             continue
         model = T5(config, tied="head.weight" not in weights)
         parameters = parameter_count(model)

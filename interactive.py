@@ -5,7 +5,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from errors import InputError
+from errors import InputError, one_line
 
 if TYPE_CHECKING:
     from pair import Generation
@@ -90,4 +90,4 @@ def converse(
                     said = current[0].text
                     messages.append({"role": "assistant", "content": said})
             except InputError as error:
-                say(str(error))
+                say(one_line(str(error)))

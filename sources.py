@@ -314,7 +314,9 @@ def needed(files: list[str]) -> list[str]:
             shards = [
                 file
                 for file in files
-                if file.startswith(f"{stem}-") and file.endswith(f".{suffix}")
+                if file.startswith(f"{stem}-")
+                and file.endswith(f".{suffix}")
+                and "/" not in file
             ]
             return [*companions, index, *shards]
     raise InputError(

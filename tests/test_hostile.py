@@ -509,6 +509,7 @@ def test_a_regular_expression_that_runs_long(tmp_path):
     assert tokenizer.decode(tokenizer.encode("cat")).strip() == "cat"
     with pytest.raises(InputError, match="longer than it may"):
         tokenizer.encode("a" * 2500)
+    assert tokenizer.encode("the cat")[-1] == 1  # --interactive goes on
 
 
 def test_replacements_that_grow(tmp_path):
