@@ -3,11 +3,14 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import fuzz
+import mutations
 import pytest
 
 TESTS = Path(__file__).resolve().parent
@@ -18,7 +21,7 @@ MOST = 40
 
 #: Readers that do what none may, by the kind of fault that it is.
 FAULTY = """
-import json, os, pathlib, signal, sys
+import json, os, pathlib, signal, sys, mutations
 import fuzz
 from errors import InputError
 
@@ -73,7 +76,7 @@ def make(rng, folder):
     (folder / "file").write_text("x")
 
 def make_outside(rng, folder):
-    return fuzz.REFUSE
+    return mutations.REFUSE
 
 runs = [raises, crashes, computes, waits, takes_memory, hides_that_memory_ends]
 runs += [writes_outside, leaves_output, changes_input, accepts, reads, refuses]
@@ -85,7 +88,7 @@ makes = {accepts: make_outside}
 readers = {
     run.__name__: fuzz.Reader("x", makes.get(run, make), run, ()) for run in runs
 }
-limits = fuzz.Limits(cpu=1, wall=3, memory=1 << 28)
+limits = fuzz.Limits(cpu=1, wall=6, memory=1 << 28)
 records = fuzz.fuzz(readers, inputs=1, keep=keep, limits=limits)
 print(json.dumps({name: [its[0].kind, its[0].kept] for name, its in records.items()}))
 print("\\n".join(fuzz.table(records, 0)), file=sys.stderr)
@@ -96,7 +99,7 @@ print("\\n".join(fuzz.table(records, 0)), file=sys.stderr)
 def seeds(tmp_path_factory) -> Path:
     """The real files, made once for all readers."""
     folder = tmp_path_factory.mktemp("fuzz") / "seeds"
-    fuzz.make_seeds(folder)
+    mutations.make_seeds(folder)
     return folder
 
 
@@ -164,8 +167,8 @@ def test_an_input_is_the_same_every_time(seeds, tmp_path, monkeypatch):
         for attempt in range(2):
             folder = tmp_path / f"{name}-{attempt}"
             source = seeds / fuzz.READERS[name].folder
-            fuzz.shutil.copytree(source, folder)
-            fuzz.READERS[name].make(fuzz.Random(f"0/{name}/7"), folder)
+            shutil.copytree(source, folder)
+            fuzz.READERS[name].make(Random(f"0/{name}/7"), folder)
             files = sorted(folder.iterdir())
             made.append({path.name: path.read_bytes() for path in files})
         assert made[0] == made[1]
