@@ -114,6 +114,8 @@ class _Fields(Special, kw_only=True):
     relative_attention_max_distance: Distance = 128
     layer_norm_epsilon: Epsilon = 1e-6
     feed_forward_proj: str | None = None
+    dense_act_fn: str | None = None
+    is_gated_act: bool | None = None
     tie_word_embeddings: bool | None = None
     scale_decoder_outputs: bool | None = None
     quantization: _Quantized | None = None
@@ -158,14 +160,7 @@ class T5Config:
             )
         fields = typed(config, _Fields, "the config")
         said = typed(generation, Special, "the generation config")
-        feed_forward = fields.feed_forward_proj
-        if feed_forward is None:
-            feed_forward = "relu" if kind == "t5" else "gated-gelu"
-        *gated, activation = feed_forward.split("-")
-        if feed_forward == "gated-gelu":
-            activation = "gelu_new"  # transformers' reading of T5 1.1's configs
-        if activation not in ACTIVATIONS or gated not in ([], ["gated"]):
-            raise InputError(f"feed_forward_proj '{feed_forward}' is not supported")
+        activation, gated = _feed_forward(kind, fields)
 
         def either(name: str, default: int) -> Any:
             found = (getattr(said, name), getattr(fields, name), default)
@@ -184,7 +179,7 @@ class T5Config:
             max_distance=fields.relative_attention_max_distance,
             epsilon=fields.layer_norm_epsilon,
             activation=activation,
-            gated=bool(gated),
+            gated=gated,
             shared_bias=kind != "umt5",
             scale_outputs=_scales_outputs(config),
             start_token=either("decoder_start_token_id", fields.pad_token_id or 0),
@@ -255,6 +250,31 @@ def find_size(config: Mapping[str, Any], *names: str) -> int | None:
             if type(values.get(name)) is int:
                 return values[name]
     return None
+
+
+def _feed_forward(kind: str, fields: _Fields) -> tuple[str, bool]:
+    """The feed-forward's activation, and whether it has a gate.
+
+    As transformers has it: one field says both, and two others, where they are, say
+    else: FLAN-T5's configs of 2022 have "gelu" beside "gated-gelu".
+
+    Raises:
+        InputError: there is no such activation.
+    """
+    said = fields.feed_forward_proj
+    if said is None:
+        said = "relu" if kind == "t5" else "gated-gelu"
+    *gate, activation = said.split("-")
+    if activation not in ACTIVATIONS or gate not in ([], ["gated"]):
+        raise InputError(f"feed_forward_proj '{said}' is not supported")
+    if said == "gated-gelu":
+        activation = "gelu_new"  # transformers' reading of T5 1.1's configs
+    if fields.dense_act_fn is not None:
+        activation = fields.dense_act_fn
+        if activation not in ACTIVATIONS:
+            raise InputError(f"dense_act_fn '{activation}' is not supported")
+    gated = bool(gate) if fields.is_gated_act is None else fields.is_gated_act
+    return activation, gated
 
 
 def _scales_outputs(config: Mapping[str, Any]) -> bool:

@@ -323,18 +323,40 @@ def _progress(total: int) -> Any:
     return tqdm(total=total, unit="B", unit_scale=True, desc="weights", disable=None)
 
 
-def save_tokenizer(source: Path, folder: Path) -> None:
-    """Write the source's tokenizer, as transformers understands it, into ``folder``.
+#: Texts of many kinds, that a tokenizer has to read as it did before.
+PROBES = (
+    "The quick brown fox jumps over the lazy dog.",
+    "  spaces   of all kinds,\ttabs\nand lines \u00a0 \u3000 ",
+    "Grüße, naïve façade; ŁÓDŹ № ½ ﬁne ﷺ",
+    "漢字とかな 한국어 हिन्दी العربية עברית ไทย Ελληνικά кириллица",
+    "😀👩‍👩‍👧 {braces} [brackets] <tags> `code` a_b = x*y != 0;",
+    "<extra_id_0> between <extra_id_1>, <2de> </s> <pad> at the end <extra_id_99>",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaa 1234567890 Donaudampfschifffahrtsgesellschaft",
+)
 
-    What it saves includes a ``tokenizer.json`` wherever the tokenizer has that form,
-    made from ``spiece.model`` where the checkpoint has that alone.
+
+def save_tokenizer(source: Path, folder: Path) -> None:
+    """Write the source's tokenizer into ``folder``: its own files, as they are.
+
+    Only what has no other form is written anew: CodeT5's two files as a tokenizer.json,
+    others through transformers.
 
     Raises:
-        InputError: there is none, it is damaged, or takes more than it may.
+        InputError: there is none, it is damaged, takes more than it may, or reads
+            texts in another way afterwards.
     """
     from confined import Confined
+    from text import Tokenizer, reader_of
 
-    Confined("slow_tokenizer", source).call("save", str(folder.resolve()))
+    reader = Confined(reader_of(source), source)
+    reader.call("save", str(folder.resolve()))
+    saved = Tokenizer(folder)
+    for probe in PROBES:
+        if saved.encode(probe) != reader.call("encode", probe):
+            raise InputError(
+                f"the tokenizer of {source} reads texts in another way once it is "
+                f"saved: it is not converted"
+            )
 
 
 def parse_arguments(arguments: list[str] | None = None) -> Any:

@@ -7,6 +7,7 @@ that grow) nobody knows, and :func:`is_plain` tells them apart.
 
 import base64
 import os
+import shutil
 import sys
 import threading
 from collections.abc import Iterator
@@ -16,12 +17,20 @@ from typing import Any
 
 import msgspec
 from msgspec import Struct
+from tokenizers import AddedToken as LibraryToken
 from tokenizers import Tokenizer as Library
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 from errors import InputError
 from files import is_file, open_file
+from tokenizer_files import TokenizerFiles, copy_files
 
 FILE = "tokenizer.json"
+VOCABULARY, MERGES = "vocab.json", "merges.txt"
+
+#: What RoBERTa's tokenizer puts after a text and before it.
+_ROBERTA = ("sep_token", "</s>"), ("cls_token", "<s>")
+_FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 
 #: Bytes of a tokenizer.json; Gemma's has 35 million.
 FILE_BYTES = 1 << 28
@@ -192,10 +201,13 @@ class FastTokenizer:
         Raises:
             InputError: the file is damaged, or none that the library reads.
         """
+        self._folder = folder
         self._path = folder / FILE
-        if not is_file(self._path):
-            raise InputError(f"{folder} has no {FILE}")
-        self._library = self._ask(Library.from_file, str(self._path))
+        if is_file(self._path):
+            self._library = self._ask(Library.from_file, str(self._path))
+        else:
+            self._path = folder / VOCABULARY
+            self._library = self._ask(_byte_level, folder)
         # Settings for training batches that some checkpoints carry.
         self._ask(self._library.no_truncation)
         self._ask(self._library.no_padding)
@@ -212,6 +224,34 @@ class FastTokenizer:
         """Text of token ids, with or without special tokens."""
         return self._ask(self._library.decode, tokens, skip_special_tokens=skip_special)
 
+    def save(self, folder: str) -> None:
+        """Write it into ``folder``: the file as it was found.
+
+        Special tokens that only the files beside it name are added, as transformers 4
+        does when it loads them.
+
+        Raises:
+            InputError: those files give a token another id than it would get.
+        """
+        copy_files(self._folder, Path(folder), "spiece.model")
+        found = self._ask(self._library.get_added_tokens_decoder).values()
+        have = {token.content for token in found}
+        files = TokenizerFiles.read(self._folder)
+        missing = [token for token in files.added if token.content not in have]
+        for token in missing:
+            flags = {name: getattr(token, name) for name in _FLAGS}
+            self._ask(self._library.add_tokens, [LibraryToken(token.content, **flags)])
+            got = self._library.token_to_id(token.content)
+            if token.id not in (None, got):
+                raise InputError(
+                    f"{self._folder} has a tokenizer whose files disagree: "
+                    f"{token.content} is {token.id} in one, and would be {got}"
+                )
+        if missing or self._path.name != FILE:
+            self._ask(self._library.save, str(Path(folder) / FILE))
+        else:
+            shutil.copyfile(self._path, Path(folder) / FILE)
+
     def _ask(self, function: Any, *arguments: Any, **options: Any) -> Any:
         """Call the library: it raises plain Exceptions, and panics that are none."""
         try:
@@ -222,6 +262,21 @@ class FastTokenizer:
         except BaseException as error:
             text = (str(error) or type(error).__name__).splitlines()[0]
             raise InputError(f"cannot use {self._path}: {text}") from None
+
+
+def _byte_level(folder: Path) -> Library:
+    """RoBERTa's tokenizer, which CodeT5 has, from its vocab.json and merges.txt."""
+    files = TokenizerFiles.read(folder)
+    model = models.BPE.from_file(str(folder / VOCABULARY), str(folder / MERGES))
+    library = Library(model)
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(files.add_prefix_space)
+    library.decoder = decoders.ByteLevel()
+    ends = [files.roles.get(role, name) for role, name in _ROBERTA]
+    sep, cls = ((name, library.token_to_id(name)) for name in ends)
+    library.post_processor = processors.RobertaProcessing(
+        sep, cls, add_prefix_space=files.add_prefix_space
+    )
+    return library
 
 
 def open_folder(folder: Path) -> FastTokenizer:

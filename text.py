@@ -7,8 +7,11 @@ from typing import Any, Protocol
 
 from confined import Confined
 from errors import InputError
-from fast_tokenizer import FILE, FastTokenizer, is_plain
+from fast_tokenizer import FILE, MERGES, VOCABULARY, FastTokenizer, is_plain
 from files import is_file, require_files
+from tokenizer_files import TokenizerFiles
+
+SPIECE = "spiece.model"
 
 #: What a decoder writes for bytes that are not (yet) a whole character.
 _BROKEN = "\ufffd"
@@ -17,10 +20,9 @@ _BROKEN = "\ufffd"
 class Tokenizer:
     """A checkpoint's tokenizer.
 
-    Where the folder has a ``tokenizer.json`` (``convert.py`` writes one wherever the
-    tokenizer has that form) the tokenizers library reads it, in milliseconds. Others,
-    files of unknown parts, and chat templates, are programs that somebody else wrote:
-    they run confined (:mod:`confined`), which takes longer.
+    Where the folder has a ``tokenizer.json`` the tokenizers library reads it, in
+    milliseconds. Others, files of unknown parts, and chat templates, are programs that
+    somebody else wrote: they run confined (:mod:`confined`), which takes longer.
     """
 
     def __init__(self, folder: Path):
@@ -104,11 +106,27 @@ class _Elsewhere:
 
 
 def _open(folder: Path) -> _Within:
-    if not is_file(folder / FILE):
-        return _Elsewhere("slow_tokenizer", folder)
-    if is_plain(folder):
+    if is_file(folder / FILE) and is_plain(folder):
         return FastTokenizer(folder)
-    return _Elsewhere("fast_tokenizer", folder)
+    return _Elsewhere(reader_of(folder), folder)
+
+
+def reader_of(folder: Path) -> str:
+    """The module that reads a folder's tokenizer, in a confined process.
+
+    ``tokenizer.json`` before ``spiece.model``, as transformers has it; transformers
+    itself reads what neither these nor CodeT5's files are: ByT5's, say.
+    """
+    if is_file(folder / FILE) or _is_roberta(folder):
+        return "fast_tokenizer"
+    if is_file(folder / SPIECE):
+        return "spiece_tokenizer"
+    return "slow_tokenizer"
+
+
+def _is_roberta(folder: Path) -> bool:
+    files = is_file(folder / VOCABULARY) and is_file(folder / MERGES)
+    return files and TokenizerFiles.read(folder).kind == "RobertaTokenizer"
 
 
 class TextStream:

@@ -33,8 +33,11 @@ from transformers import (
 )
 
 import convert
+import fast_tokenizer
 import model
-from slow_tokenizer import SlowTokenizer
+import slow_tokenizer
+import spiece_tokenizer
+from text import reader_of
 
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("suite")
@@ -42,7 +45,9 @@ torch.set_num_threads(1)
 
 
 def _save_tokenizer(source: Path, folder: Path) -> None:
-    SlowTokenizer(source).save(str(folder))
+    modules = (fast_tokenizer, slow_tokenizer, spiece_tokenizer)
+    (module,) = (each for each in modules if each.__name__ == reader_of(source))
+    module.open_folder(source).save(str(folder))
 
 
 #: As convert.py has it: in a process of its own, which takes seconds to begin.

@@ -279,7 +279,7 @@ def integers(folder):
         (empty_file, "damaged"),
         (missing_shard, "is missing"),
         (index_of_something_else, "weight_map"),
-        (broken_tokenizer, "no tokenizer"),
+        (broken_tokenizer, "tokenizer_config.json does not hold"),
         (start_token_beyond_the_embedding, "token 1000000"),
         (no_logarithm, "position bias"),
         (absurd_size, "vocab_size: expected `int` <= 16777216"),
