@@ -17,7 +17,7 @@ is a column of sacreBLEU: a prompt's lines together are its references.
 """
 
 if __name__ == "__main__":
-    import interrupt  # noqa: F401  (first: see there)
+    import startup  # noqa: F401  (first: see there)
 
 import fast_blas
 

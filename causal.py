@@ -21,13 +21,14 @@ from errors import InputError
 from files import read_json, typed
 from model import check_prompts, check_rewind, prepare_memory
 from sampling import ban
-from sources import open_checkpoint
+from sources import open_checkpoint, weight_files
 
 HINT = "decoder-only models need mlx-lm: pip install -r requirements-causal.txt"
 
-#: What a config may call the number of its layers, and how many experts one has.
+#: What a config may call the number of its layers, and the most of anything else that
+#: it counts: heads, experts, inputs.
 _LAYERS = {"num_hidden_layers", "num_layers", "n_layers", "n_layer"}
-_EXPERTS = 4096
+_MOST = 4096
 
 PREFILL = 2048  # prompt tokens that go through the model at a time
 ROOM = 256  # positions by which a cache grows
@@ -63,7 +64,7 @@ def load(folder: Path) -> nn.Module:
         model, _ = load_model(
             folder,
             lazy=True,
-            model_config=_rope(config),
+            model_config=_rope(config) | _context(config),
             get_model_classes=classes,
         )
     except Exception as error:  # of any kind, for whatever a folder may hold
@@ -111,14 +112,24 @@ def require_weights(config: dict[str, Any], folder: Path) -> None:
         InputError: they are damaged, missing, or fewer than the layers.
     """
     tensors = open_checkpoint(folder)
+    read = set(weight_files(folder))
+    for path in folder.glob("model*.safetensors"):
+        if path not in read:
+            raise InputError(
+                f"{path} is no part of the checkpoint, but mlx-lm would read it: move "
+                f"it away"
+            )
+    read_json(folder / "hf_quant_config.json", optional=True)  # mlx-lm reads it, too
+    filled = sum(tensor.bits.size > 0 for tensor in tensors.values())
     inner = config.get("text_config")
     for values in (config, inner if isinstance(inner, dict) else {}):
         for name, value in values.items():
-            most = len(tensors) if name in _LAYERS else _EXPERTS
-            if (name in _LAYERS or "expert" in name) and not _is_count(value, most):
+            most = min(filled // 2, 1000) if name in _LAYERS else _MOST
+            counts = name in _LAYERS or "num_" in name or "layers" in name
+            if (counts or "expert" in name) and not _is_count(value, most):
                 raise InputError(
-                    f"{folder / CONFIG} does not fit the weights: {name} is {value}, "
-                    f"and they are {len(tensors)} tensors"
+                    f"{folder / CONFIG} does not fit the weights: {name} is "
+                    f"{value:.6g}, and they are {filled} tensors"
                 )
 
 
@@ -140,6 +151,13 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
     if group.get("rope_type", "default") != "default":
         found["rope_scaling"] = group
     return {name: value for name, value in found.items() if name not in config}
+
+
+def _context(config: dict[str, Any]) -> dict[str, Any]:
+    """GPT-2's positions by their older name, which transformers 5 leaves out."""
+    if config.get("model_type") != "gpt2" or "n_ctx" in config:
+        return {}
+    return {"n_ctx": config.get("n_positions")}
 
 
 def _with_saved_names(model_class: type) -> type:
@@ -180,9 +198,31 @@ def eos_tokens(folder: Path) -> frozenset[int]:
 
 
 def positions(folder: Path) -> int | None:
-    """How many positions the model was trained with; None where that is not said."""
+    """How many positions the model was trained with; None where that is not said.
+
+    Raises:
+        InputError: it is said, and no number.
+    """
     config = read_json(folder / CONFIG)
-    return find_size(config, "n_positions", "max_position_embeddings")
+    found = find_size(config, "n_positions", "max_position_embeddings")
+    return None if found is None else min(found, np.iinfo(np.int32).max)
+
+
+def rows(model: nn.Module) -> int:
+    """How many ids a model has logits for, whatever its config says."""
+    return model(mx.array([[0]])).shape[-1]  # lazy: nothing is computed
+
+
+def learned_positions(model: nn.Module) -> int | None:
+    """How many positions have an embedding; None where they are computed."""
+    return min(
+        (
+            weight.shape[0]
+            for name, weight in tree_flatten(model.parameters())
+            if name.endswith(("wpe.weight", "embed_positions.weight"))
+        ),
+        default=None,
+    )
 
 
 class CausalSession:

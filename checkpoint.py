@@ -178,7 +178,8 @@ class MappedWeights:
         return name in self._stored
 
     def __len__(self) -> int:
-        return len(self._stored)
+        """How many tensors there are that are not empty."""
+        return sum(stored.view.size > 0 for stored in self._stored.values())
 
     def dtypes(self) -> set[mx.Dtype]:
         """The dtypes that occur."""

@@ -77,7 +77,7 @@ class Quantization:
 #: What is believed of a config. The largest T5s have 24 layers a stack, 256,384 ids and
 #: matrices of 65,536 columns.
 Size = Annotated[int, Meta(ge=1, le=1 << 24)]
-Layers = Annotated[int, Meta(ge=1, le=10_000)]
+Layers = Annotated[int, Meta(ge=1, le=1000)]
 Buckets = Annotated[int, Meta(ge=1, le=1 << 16)]
 Distance = Annotated[int, Meta(ge=1, le=1 << 30)]
 Epsilon = Annotated[float, Meta(gt=0, le=1)]
@@ -219,18 +219,18 @@ class T5Config:
         Building takes memory for every layer; afterwards each tensor is compared.
 
         Args:
-            tensors: how many there are.
+            tensors: how many there are that are not empty.
             size: the bytes of all of them.
 
         Raises:
-            InputError: there are fewer tensors than layers, or a dimension is larger
-                than all of the weights.
+            InputError: there are fewer tensors than the layers have, or a matrix is
+                larger than all of the weights.
         """
-        layers = self.num_layers + self.num_decoder_layers
-        if layers > tensors:
+        # With projections of one input as one matrix; norms and outputs apart.
+        if 6 * self.num_layers + 10 * self.num_decoder_layers > tensors:
             raise InputError(
-                f"the config does not fit the weights: it has {layers} layers, and "
-                f"they are {tensors} tensors"
+                f"the config does not fit the weights: it has {self.num_layers} and "
+                f"{self.num_decoder_layers} layers, and they are {tensors} tensors"
             )
         inner = self.num_heads * self.d_kv
         for rows in (self.vocab_size, self.d_ff, inner):
@@ -243,12 +243,19 @@ class T5Config:
 
 
 def find_size(config: Mapping[str, Any], *names: str) -> int | None:
-    """The first of these fields that a config has, or its part about the text model."""
+    """The first of these fields that a config has, or its part about the text model.
+
+    Raises:
+        InputError: it is there, and no positive number.
+    """
     inner = config.get("text_config")
     for values in (config, inner if isinstance(inner, dict) else {}):
         for name in names:
-            if type(values.get(name)) is int:
-                return values[name]
+            value = values.get(name)
+            if value is not None:
+                if type(value) is not int or value < 1:
+                    raise InputError(f"the config has an odd value in {name}")
+                return value
     return None
 
 

@@ -10,6 +10,7 @@ macOS does not enforce the limit of memory.
 """
 
 import importlib
+import json
 import os
 import resource
 import signal
@@ -22,14 +23,18 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from errors import InputError
 
 #: Seconds of computing for a call, and more for each megabyte of tokenizer.
-SECONDS, SECONDS_PER_MB = 2, 1
+SECONDS, SECONDS_PER_MB = 2, 0.25
 #: Bytes of memory, and more for each byte of tokenizer.
-MEMORY, MEMORY_PER_BYTE = 1 << 30, 64
+MEMORY, MEMORY_PER_BYTE = 1 << 30, 32
+#: The files that count as a tokenizer, and the most bytes of them that do.
+FILES = {
+    *("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json", "merges.txt"),
+    *("vocab.txt", "tokenizer_config.json"),
+}
+COUNTED = 40_000_000
 #: Seconds to wait for a process that computes nothing and says nothing.
 PATIENCE = 300
 #: Bytes of an answer.
@@ -80,7 +85,7 @@ class Confined:
         if not self._end.alive:
             self._start()
         try:
-            self._pipe.send_bytes(msgspec.json.encode([method, *arguments]))
+            self._pipe.send_bytes(_encode([method, *arguments]))
         except OSError:
             pass  # it is gone: receiving says so
         except BaseException:
@@ -92,7 +97,7 @@ class Confined:
         try:
             answer = {"error": f"{self._folder}: {what} does not end: it is stopped"}
             if self._pipe.poll(PATIENCE):
-                answer = msgspec.json.decode(self._pipe.recv_bytes(ANSWER))
+                answer = json.loads(self._pipe.recv_bytes(ANSWER))
             else:
                 self._end()
         except (EOFError, OSError):
@@ -113,6 +118,11 @@ class Confined:
         if "error" in answer:
             raise InputError(answer["error"])
         return answer["value"]
+
+
+def _encode(value: Any) -> bytes:
+    """JSON, whose escapes hold what names of files may hold and UTF-8 does not."""
+    return json.dumps(value).encode("ascii")
 
 
 def _end(process: subprocess.Popen, pipe: Connection) -> None:
@@ -139,32 +149,29 @@ def limit_seconds(seconds: float) -> None:
 def serve(module: str, folder: Path, pipe: Connection) -> None:
     """In the other process: make the object, then answer calls until nobody asks."""
     opener = importlib.import_module(module).open_folder
-    size = sum(path.stat().st_size for path in folder.glob("*") if _counts(path))
+    paths = [folder / name for name in FILES]
+    size = sum(path.stat().st_size for path in paths if path.is_file())
+    size = min(size, COUNTED)
     seconds = SECONDS + SECONDS_PER_MB * size / 1e6
     limit_memory(MEMORY + MEMORY_PER_BYTE * size)
     limit_seconds(seconds)
     held = []
     pipe.send_bytes(_answer(folder, lambda: held.append(opener(folder))))
     while held:
-        method, *arguments = msgspec.json.decode(pipe.recv_bytes())
+        method, *arguments = json.loads(pipe.recv_bytes())
         limit_seconds(seconds)
         pipe.send_bytes(_answer(folder, getattr(held[0], method), *arguments))
-
-
-def _counts(path: Path) -> bool:
-    """Whether a file is a tokenizer's: of weights no program needs more time."""
-    return path.is_file() and path.suffix in (".json", ".model", ".txt", ".jinja")
 
 
 def _answer(folder: Path, call: Any, *arguments: Any) -> bytes:
     """What a call returns, or why it does not, as it is sent."""
     try:
-        return msgspec.json.encode({"value": call(*arguments)})
+        return _encode({"value": call(*arguments)})
     except InputError as error:
-        return msgspec.json.encode({"error": str(error)})
+        return _encode({"error": str(error)})
     except BaseException as error:  # a panic of Rust's is no Exception
         text = (str(error) or type(error).__name__).splitlines()[0]
-        return msgspec.json.encode({"error": f"{folder}: its tokenizer fails: {text}"})
+        return _encode({"error": f"{folder}: its tokenizer fails: {text}"})
 
 
 if __name__ == "__main__":

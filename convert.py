@@ -9,7 +9,7 @@ is complete; until then an earlier one stays.
 """
 
 if __name__ == "__main__":
-    import interrupt  # noqa: F401  (first: see there)
+    import startup  # noqa: F401  (first: see there)
 
 import errno
 import json
@@ -103,7 +103,8 @@ def plan(config: Any, tensors: "Mapping[str, Tensor]") -> "dict[str, list[Tensor
     """
     from model import T5, parameter_shapes
 
-    config.require(len(tensors), sum(part.bits.nbytes for part in tensors.values()))
+    sizes = [tensor.bits.nbytes for tensor in tensors.values()]
+    config.require(sum(map(bool, sizes)), sum(sizes))
     embedding = next((name for name in EMBEDDINGS if name in tensors), EMBEDDINGS[0])
     tied = _is_tied(tensors, embedding)
     names = recipe(config, tied, embedding)
@@ -145,7 +146,12 @@ def _is_tied(tensors: "Mapping[str, Tensor]", embedding: str) -> bool:
     head, shared = tensors.get("lm_head.weight"), tensors.get(embedding)
     if head is None or shared is None:
         return head is None
-    return head.shape == shared.shape and np.array_equal(head.bits, shared.bits)
+    if head.shape != shared.shape or head.dtype != shared.dtype:
+        return False
+    # A thousand rows at a time: mT5's largest would take a gigabyte at once.
+    rows = head.shape[0] if head.shape else 0
+    parts = [slice(start, start + 1024) for start in range(0, rows, 1024)]
+    return all(np.array_equal(head.bits[part], shared.bits[part]) for part in parts)
 
 
 def choose_dtype(wanted: str, tensors: "Mapping[str, Tensor]") -> str:
@@ -431,8 +437,9 @@ def list_models(models: Path) -> Iterator[str]:
         try:
             weights = MappedWeights(path)
             config = T5Config.read(path.parent)
+            config.require(len(weights), weights.bytes())
         except InputError as error:
-            yield f"{path.parent.name}: {one_line(str(error))}"
+            yield f"{path.parent.name}: {error}"
             continue
         model = T5(config, tied="head.weight" not in weights)
         parameters = parameter_count(model)
@@ -445,11 +452,12 @@ def list_models(models: Path) -> Iterator[str]:
 
 
 def main() -> None:
+    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     arguments = parse_arguments()
     from checkpoint import MODELS
 
     if arguments.list:
-        lines = list(list_models(MODELS))
+        lines = [one_line(line) for line in list_models(MODELS)]
         print("\n".join(lines) if lines else f"nothing is converted in {MODELS} yet")
         return
     quantization = None

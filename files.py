@@ -16,8 +16,10 @@ import msgspec
 
 from errors import InputError
 
-#: Bytes of a JSON file; an index of 2,000 shards has less than one million.
-JSON_BYTES = 1 << 26
+#: Bytes of a JSON file: parsed, it takes thirty times that. The largest known configs
+#: have one megabyte, and the index of a model of 671 billion parameters nine.
+JSON_BYTES = 1 << 22
+INDEX_BYTES = 1 << 24
 #: Objects and lists inside each other.
 JSON_DEPTH = 64
 
@@ -78,17 +80,23 @@ def map_file(path: Path) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
+def read_json(
+    path: Path, *, optional: bool = False, limit: int | None = None
+) -> dict[str, Any]:
     """A JSON object from a file; empty where an optional file is missing.
+
+    Args:
+        limit: the most bytes it may have; None for :data:`JSON_BYTES`.
 
     Raises:
         InputError: it is missing, no JSON, no object, or beyond the limits above.
     """
+    limit = JSON_BYTES if limit is None else limit
     try:
         with open_file(path) as file:
-            text = file.read(JSON_BYTES + 1)
-        if len(text) > JSON_BYTES:
-            raise InputError(f"{path} has over {JSON_BYTES >> 20} MB: no config does")
+            text = file.read(limit + 1)
+        if len(text) > limit:
+            raise InputError(f"{path} has over {limit / 1e6:.0f} MB: none does")
         value = json.loads(text.decode("utf-8"))
     except FileNotFoundError:
         if optional:

@@ -7,7 +7,7 @@ the text is what the target alone would write. Text goes to stdout, all else to 
 """
 
 if __name__ == "__main__":
-    import interrupt  # noqa: F401  (first: see there)
+    import startup  # noqa: F401  (first: see there)
 
 import json
 import os

@@ -299,7 +299,7 @@ def embedding_rows(folder: Path) -> int:
     if not is_causal(folder):
         return T5Config.read(folder).vocab_size
     rows = find_size(read_json(folder / CONFIG), "vocab_size")
-    if rows is None or rows < 1:
+    if rows is None:
         raise InputError(f"{folder / CONFIG} has no vocab_size")
     return rows
 
@@ -315,9 +315,16 @@ def _session(folder: Path, tokenizer: Tokenizer, vocabulary: int) -> Session:
     import causal  # mlx-lm takes a second to import
 
     model = causal.load(folder)
+    if vocabulary > causal.rows(model):
+        raise InputError(
+            f"{folder / CONFIG} has a vocab_size that its weights have not: "
+            f"{vocabulary} ids, and {causal.rows(model)} rows"
+        )
     fast_blas.fit_threads(parameter_count(model))
     gaps = tokenizer.gaps(vocabulary)
-    return causal.CausalSession(model, vocabulary, gaps, causal.positions(folder))
+    learned, said = causal.learned_positions(model), causal.positions(folder)
+    positions = min((n for n in (learned, said) if n is not None), default=None)
+    return causal.CausalSession(model, vocabulary, gaps, positions)
 
 
 def _eos_tokens(folder: Path) -> frozenset[int]:

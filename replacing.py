@@ -5,16 +5,23 @@ set aside for that moment, and deleted file by file: only what ``conversion.json
 (written last, with every file's size and hash) says that convert.py left. Killed at
 any point, there is the old model or the new one; :func:`recover` finds it.
 
-Beside ``models/x``: ``.x.partial-PID`` is being filled, or deleted, by the process of
-that number; ``.x.replaced`` is an earlier model for as long as two renames take.
+Beside ``models/x``: ``.x.partial-*`` is being filled, or deleted, by a process that
+holds a lock on it (one that nobody holds was left by a kill); ``.x.replaced`` is an
+earlier model for as long as two renames take. Whoever renames holds a lock on
+``models``, so that two conversions, or one and main.py, never see each other halfway.
+Locks are the kernel's (flock): they end with their process.
 """
 
+import fcntl
 import hashlib
 import json
 import os
+import re
+import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from msgspec import Struct
@@ -23,6 +30,14 @@ from errors import InputError
 from files import read_json, typed
 
 MARK = "conversion.json"
+
+#: All that a conversion may consist of: what is half made is known by these names.
+NAMES = {
+    *("weights.npz", "config.json", "generation_config.json", "tokenizer.json"),
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("spiece.model", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja"),
+    *(MARK, f"{MARK}.new"),
+}
 
 #: Larger files are told by their size alone: hashing 23 GB of weights takes a minute.
 _HASHED_BYTES = 1 << 26
@@ -79,34 +94,57 @@ def replacing(output: Path) -> Iterator[Path]:
     ``output`` is no link: its goal would be replaced, and the link with it.
 
     Raises:
-        InputError: as :func:`check_replaceable` says, before and after filling.
+        InputError: as :func:`check_replaceable` says, before and after filling; or the
+            folder was filled with a name that is none of :data:`NAMES`.
         OSError: the disk is full, a folder is barred.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
-    aside = _aside(output)
-    _clear(output)
-    check_replaceable(output)
-    partial = _partial(output, os.getpid())
-    partial.mkdir()
-    try:
-        _write_mark(partial, _Mark({}))
-        yield partial
-        files = sorted(path for path in partial.iterdir() if path.name != MARK)
-        _write_mark(partial, _Mark({path.name: _describe(path) for path in files}))
-        check_replaceable(output)
-        if output.exists():
-            output.rename(aside)
+    with ExitStack() as held:
+        with _locked(output.parent):
+            _clear(output)
+            check_replaceable(output)
+            partial = _new_partial(output)
+            held.enter_context(_locked(partial))
         try:
-            partial.rename(output)
+            partial.chmod(0o777 & ~_umask())  # at first they are for their owner alone
+            _write_mark(partial, _Mark({}))
+            yield partial
+            _complete(partial)
+            with _locked(output.parent):
+                _swap(partial, output)
         except BaseException:
-            if not output.exists() and aside.exists():
-                aside.rename(output)
+            if not _is_complete(partial):
+                shutil.rmtree(partial, ignore_errors=True)
             raise
-    finally:
-        if output.exists() and aside.exists():
-            _delete(aside, output)
-        if partial.exists():
-            _unlink(partial, [path.name for path in partial.iterdir()])
+        finally:
+            _delete(partial)  # what was replaced, or what did not get there
+
+
+def _complete(partial: Path) -> None:
+    """Write the mark of a folder that is filled."""
+    files = sorted(path for path in partial.iterdir() if path.name != MARK)
+    odd = next((path.name for path in files if path.name not in NAMES), None)
+    if odd:
+        raise InputError(f"a conversion has no file {odd}")
+    _write_mark(partial, _Mark({path.name: _describe(path) for path in files}))
+
+
+def _swap(partial: Path, output: Path) -> None:
+    """Exchange the two; ``partial`` may be missing afterwards. Under the lock."""
+    aside = _aside(output)
+    if output.exists() and aside.exists():
+        _clear(output)
+    check_replaceable(output)
+    if output.exists():
+        output.rename(aside)
+    try:
+        partial.rename(output)
+    except BaseException:
+        if not output.exists() and aside.exists():
+            aside.rename(output)
+        raise
+    if aside.exists():
+        aside.rename(partial)
 
 
 def recover(output: Path) -> Path | None:
@@ -116,81 +154,120 @@ def recover(output: Path) -> Path | None:
     """
     try:
         output = output.resolve()
+        if not output.parent.is_dir() or not (_aside(output) / MARK).is_file():
+            return None
+        with _locked(output.parent):
+            return _recover(output)
     except (OSError, RuntimeError, ValueError):  # links in a circle, no name at all
         return None
+
+
+def _recover(output: Path) -> Path | None:
+    """Likewise, under the lock: nobody is between the two renames now."""
     aside = _aside(output)
     if output.exists() or not (aside / MARK).is_file():
         return None
-    running = any(
-        _is_running(path.name.rpartition("-")[2]) for path in _partials(output)
-    )
-    if not running:
+    with suppress(InputError):
+        check_replaceable(aside)  # somebody's own folder may have that name
+        if not _read_mark(aside).files:
+            return None
         with suppress(OSError):  # no right to write: it is read where it is
             aside.rename(output)
             return output
-    return aside
+        return aside
+    return None
 
 
 def _aside(output: Path) -> Path:
     return output.with_name(f".{output.name}.replaced")
 
 
-def _partial(output: Path, pid: int) -> Path:
-    return output.with_name(f".{output.name}.partial-{pid}")
+def _new_partial(output: Path) -> Path:
+    prefix = f".{output.name}.partial-"
+    return Path(tempfile.mkdtemp(prefix=prefix, dir=output.parent))
 
 
 def _partials(output: Path) -> list[Path]:
     """The folders that conversions into ``output``, of any process, work in."""
-    prefix = f".{output.name}.partial-"
+    name = re.compile(re.escape(f".{output.name}.partial-") + "[a-z0-9_]{8}")
     return [
         path
         for path in output.parent.iterdir()
-        if path.name.startswith(prefix) and path.name.removeprefix(prefix).isdecimal()
+        if name.fullmatch(path.name) and not path.is_symlink() and path.is_dir()
     ]
 
 
 def _clear(output: Path) -> None:
-    """Clear away, or put back, what a killed conversion into ``output`` left."""
-    recover(output)
-    aside = _aside(output)
-    if aside.exists():  # the kill came after the renames
-        check_replaceable(aside)
-        _delete(aside, output)
-    for stale in _partials(output):
-        if not _is_running(stale.name.rpartition("-")[2]) and not stale.is_symlink():
-            names = [path.name for path in stale.iterdir()]
-            if not names or MARK in names or f"{MARK}.new" in names:
-                _unlink(stale, names)
+    """Clear away, or put back, what a killed conversion into ``output`` left.
 
-
-def _delete(aside: Path, output: Path) -> None:
-    """Delete an earlier conversion that was set aside.
-
-    Under the name of a partial one: killed meanwhile, what is left is no model.
+    Under the lock: what is set aside beside an ``output`` was replaced by it.
     """
-    partial = _partial(output, os.getpid())
-    aside.rename(partial)
-    known = _read_mark(partial).files if (partial / MARK).is_file() else ()
-    _unlink(partial, [*known, *_NOBODYS])
+    _recover(output)
+    aside = _aside(output)
+    if output.exists() and aside.exists():
+        check_replaceable(aside)
+        doomed = _new_partial(output)
+        aside.rename(doomed)  # killed meanwhile, what is left is no model
+        _delete(doomed)
+    for path in _partials(output):
+        with suppress(OSError), _locked(path, wait=False):
+            _delete(path)
 
 
-def _unlink(folder: Path, names: list[str]) -> None:
-    """Delete these files, the mark last, and the folder if nothing else is in it."""
-    with suppress(OSError):
-        for name in sorted(names, key=lambda name: name == MARK):
-            (folder / name).unlink(missing_ok=True)
-        (folder / MARK).unlink(missing_ok=True)
+def _is_complete(partial: Path) -> bool:
+    """Whether its mark is the last thing that was written to it."""
+    with suppress(OSError, InputError):
+        return bool(_read_mark(partial).files)
+    return False
+
+
+def _delete(folder: Path) -> None:
+    """Delete a folder that consists of a conversion, whole or half gone; no other.
+
+    Of a complete one every file is as its mark says; one that is half made has no
+    names but those of a conversion.
+    """
+    with suppress(OSError, InputError):
+        paths = list(folder.iterdir())
+        if any(not stat.S_ISREG(path.lstat().st_mode) for path in paths):
+            return
+        files = [p for p in paths if p.name not in (MARK, f"{MARK}.new", *_NOBODYS)]
+        marked = (folder / MARK).is_file()
+        known = _read_mark(folder).files if marked else {}
+        for path in files:
+            if not marked or path.name not in (known or NAMES):
+                return
+            if known and not _is(path, known[path.name]):
+                return
+        for path in sorted(paths, key=lambda path: path.name == MARK):
+            path.unlink()
         folder.rmdir()
 
 
-def _is_running(pid: str) -> bool:
+@contextmanager
+def _locked(folder: Path, wait: bool = True) -> Iterator[None]:
+    """Hold the lock on a folder.
+
+    Raises:
+        OSError: the folder cannot be opened; or somebody holds it, and not to ``wait``.
+    """
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.kill(int(pid), 0)
-    except (ValueError, OverflowError, ProcessLookupError):
-        return False
-    except PermissionError:
-        pass  # another user's
-    return True
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError:
+            if not wait:
+                raise
+            # A file system without locks: as good as it gets.
+        yield
+    finally:
+        os.close(opened)
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def _read_mark(folder: Path) -> _Mark:

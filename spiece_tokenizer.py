@@ -31,7 +31,8 @@ class SpieceTokenizer:
         require_files(folder)
         self._folder = folder
         try:
-            self._pieces = SentencePieceProcessor(model_file=str(folder / FILE))
+            raw = (folder / FILE).read_bytes()
+            self._pieces = SentencePieceProcessor(model_proto=raw)
         except (OSError, RuntimeError) as error:
             raise InputError(f"cannot read {folder / FILE}: {error}") from None
         files = TokenizerFiles.read(folder, implied="T5Tokenizer")

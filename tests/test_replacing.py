@@ -1,10 +1,10 @@
 """replacing.py: nothing of the user's is deleted, and a kill leaves a whole model."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -146,32 +146,88 @@ def test_what_is_no_conversion(tmp_path):
     assert (tmp_path / "empty" / WEIGHTS).read_text() == "new"
 
 
-@pytest.mark.parametrize("name", [".x.replaced", ".x.partial-backup", ".x.partial-1a"])
-def test_folders_whose_names_look_like_ours(tmp_path, name):
-    """A user's folder beside the output, named as ours are: it stays."""
+NEIGHBOURS = (
+    *(".x.replaced", ".x.partial-backup", ".x.partial-1a", ".x.partial-999999"),
+    *(".x.partial-7777777", ".x.partial-12345678", ".x.partial-abcdefgh"),
+)
+
+
+@pytest.mark.parametrize("name", NEIGHBOURS)
+@pytest.mark.parametrize(
+    "kind", ["folder", "copy", "marked", "file", "file of a mark's name"]
+)
+def test_neighbours_whose_names_look_like_ours(tmp_path, name, kind):
+    """A user's folder or file beside the output, named as ours are: it stays."""
     fill(tmp_path / "x", "old")
-    (tmp_path / name).mkdir()
-    (tmp_path / name / "precious").write_text("mine")
-    try:
+    mine = tmp_path / name
+    if kind == "file":
+        mine.write_text("mine")
+    else:
+        if kind == "copy":
+            shutil.copytree(tmp_path / "x", mine)
+        else:
+            mine.mkdir()
+        if kind == "marked":
+            (mine / MARK).write_text('{"files": {}}')
+        if kind == "file of a mark's name":
+            (mine / MARK).write_text("mine")
+        (mine / "precious").write_text("mine")
+    before = {path: path.read_bytes() for path in mine.rglob("*") if path.is_file()}
+    for text in ("new", "newer"):
+        try:
+            fill(tmp_path / "x", text)
+        except InputError as error:
+            assert name in str(error)
+        assert (tmp_path / "x" / WEIGHTS).is_file()
+    after = {path: path.read_bytes() for path in mine.rglob("*") if path.is_file()}
+    assert after == before
+    assert mine.exists()
+
+
+def test_a_folder_of_the_users_is_no_earlier_model(tmp_path):
+    """Named as ours are, with a conversion.json of their own: nothing moves it."""
+    mine = tmp_path / ".x.replaced"
+    mine.mkdir()
+    for text in ('{"my": "notes"}', '{"files": {}}'):
+        (mine / MARK).write_text(text)
+        (mine / "thesis.txt").write_text("mine")
+        assert recover(tmp_path / "x") is None
+        assert names(tmp_path) == [".x.replaced"]
+
+
+def test_what_a_kill_left_half_made(tmp_path):
+    stale = tmp_path / ".x.partial-a1b2c3d4"
+    for files in ([], [f"{MARK}.new"], [MARK], [MARK, WEIGHTS, "config.json"]):
+        stale.mkdir()
+        for name in files:
+            (stale / name).write_text('{"files": {}}' if name == MARK else "half")
         fill(tmp_path / "x", "new")
-    except InputError as error:
-        assert name in str(error)
-    assert (tmp_path / name / "precious").read_text() == "mine"
+        assert names(tmp_path) == ["x"]
 
 
-def test_partial_folders_that_are_not_ours(tmp_path):
-    """A dead process's number is no proof: without our mark nothing is deleted."""
-    stranger = tmp_path / ".x.partial-99999999"
-    stranger.mkdir()
-    (stranger / "precious").write_text("mine")
-    fill(tmp_path / "x", "new")
-    assert (stranger / "precious").exists()
-    shutil.rmtree(stranger)
-    stranger.mkdir()
-    (stranger / MARK).write_text('{"files": {}}')
-    (stranger / WEIGHTS).write_text("half")
-    fill(tmp_path / "x", "new")
+def test_half_made_by_somebody_who_is_at_it(tmp_path):
+    """Two conversions at once: neither touches what the other fills, the last wins."""
+    out = tmp_path / "x"
+    with replacing(out) as first:
+        (first / WEIGHTS).write_text("first")
+        with replacing(out) as second:
+            (second / WEIGHTS).write_text("second")
+            assert (first / WEIGHTS).is_file()
+        assert (out / WEIGHTS).read_text() == "second"
+        assert (first / WEIGHTS).is_file()
+    assert (out / WEIGHTS).read_text() == "first"
     assert names(tmp_path) == ["x"]
+
+
+def test_a_failure_beside_somebody_who_is_at_it(tmp_path):
+    """Killed between the renames, then a failing run beside a living one."""
+    out = tmp_path / "x"
+    fill(out, "old")
+    out.rename(tmp_path / ".x.replaced")
+    with replacing(tmp_path / "y"):
+        with suppress(KeyError), replacing(out):
+            raise KeyError
+        assert (locate(str(out)) / WEIGHTS).read_text() == "old"
 
 
 def test_a_link_stays(make, tmp_path):
@@ -253,14 +309,42 @@ def test_the_earlier_model_where_nothing_can_be_renamed(tmp_path, monkeypatch):
     assert names(tmp_path) == ["x"]
 
 
-def test_a_running_conversion_is_left_alone(tmp_path):
-    """Between its renames main.py reads the earlier model, and moves nothing."""
+RACE = """
+import os, random, signal, sys
+from contextlib import suppress
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from checkpoint import locate
+from errors import InputError
+from replacing import replacing
+out, chance = Path(sys.argv[2]), random.Random(sys.argv[3])
+for i in range(40):
+    with replacing(out) as folder:
+        (folder / "weights.npz").write_text(f"{sys.argv[3]} {i}" * 3)
+        (folder / "config.json").write_text("{}")
+        if chance.random() < 0.2:
+            with suppress(InputError), replacing(out):
+                raise InputError("this one fails")
+    found = locate(str(out)) / "weights.npz"
+    with suppress(FileNotFoundError):  # replaced since
+        assert found.read_text()
+"""
+
+
+def test_conversions_at_once(tmp_path):
+    """Three processes replace one model: each succeeds each time, nothing is left."""
+    project = str(Path(convert.__file__).parent)
     out = tmp_path / "x"
-    fill(out, "old")
-    aside = out.rename(tmp_path / ".x.replaced")
-    (tmp_path / f".x.partial-{os.getpid()}").mkdir()
-    assert recover(out) == aside
-    assert not out.exists()
+    racing = [
+        subprocess.Popen(
+            [sys.executable, "-c", RACE, project, str(out), str(seed)],
+            stderr=subprocess.PIPE,
+        )
+        for seed in range(3)
+    ]
+    assert [(p.communicate()[1], p.returncode) for p in racing] == [(b"", 0)] * 3
+    assert names(tmp_path) == ["x"]
+    check_replaceable(out)
 
 
 def test_list_shows_what_a_kill_left(make, tmp_path, monkeypatch):

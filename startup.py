@@ -1,0 +1,34 @@
+"""What a program that a person runs imports before anything else.
+
+Ctrl-C from the first moment on: Python answers it with a traceback of whatever was
+being imported, and libraries turn it into errors of their own. Until errors.run takes
+over there is nothing to clean up: the program just ends, as an interrupted one.
+
+Streams that are closed (cron, ``>&-``) become the null device: else the next file that
+is opened takes their number, and gets what is meant for a person.
+
+Not for a module that others import, and importing next to nothing itself.
+"""
+
+import os
+import signal
+import sys
+
+
+def leave(*_: object) -> None:
+    """End at once."""
+    os._exit(130)  # 128 and the signal's number
+
+
+# Where it is ignored (nohup), it stays so.
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, leave)
+
+for number, name in enumerate(("stdin", "stdout", "stderr")):
+    if getattr(sys, name) is None:
+        opened = os.open(os.devnull, os.O_RDWR)
+        if opened != number:
+            os.dup2(opened, number)
+            os.close(opened)
+        os.set_inheritable(number, True)
+        setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w"))
