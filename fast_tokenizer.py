@@ -107,9 +107,12 @@ def is_plain(folder: Path) -> bool:
             text = file.read(FILE_BYTES + 1)
         if len(text) > FILE_BYTES:
             return False
-        parts = msgspec.json.decode(text, type=_File)
+        return _is_plain(msgspec.json.decode(text, type=_File))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"cannot read {path}: {error}") from None
+
+
+def _is_plain(parts: _File) -> bool:
     return (
         _is_known(parts.normalizer, "normalizers", _is_plain_normalizer)
         and _is_known(parts.pre_tokenizer, "pretokenizers", _is_plain_pre_tokenizer)

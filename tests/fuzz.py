@@ -226,9 +226,19 @@ def run_generation(folder: Path, out: Path) -> None:
     return run_model(out, out)
 
 
-def run_slow_tokenizer(folder: Path, out: Path) -> None:
+def run_spiece(folder: Path, out: Path) -> None:
     """Convert with the tokenizer, and use both what was there and what came of it."""
+    confined.Confined = Contained
+    _convert(folder, out)
+    pieces = Contained("spiece_tokenizer", folder)
+    for each in TEXTS:
+        for special in (True, False):
+            pieces.call("decode", pieces.call("encode", each), special)
+    run_model(out, out)
 
+
+def run_slow_tokenizer(folder: Path, out: Path) -> None:
+    """Convert with the tokenizer; through transformers as well, for a chat."""
     confined.Confined = Contained
     _convert(folder, out)
     slow = Contained("slow_tokenizer", folder)
@@ -261,6 +271,7 @@ def _load_slow(folder: Path) -> None:
     importlib.import_module("slow_tokenizer").open_folder(folder).encode("the cat")
 
 
+_SPIECE = ("convert", "pair", "spiece_tokenizer")
 _SLOW = ("convert", "pair", "slow_tokenizer", "sentencepiece.sentencepiece_model_pb2")
 
 READERS = {
@@ -277,8 +288,8 @@ READERS = {
     "torch-legacy": Reader("hf-legacy", make_torch_legacy, run_convert),
     "safetensors-index": Reader("hf-sharded", make_index, run_convert),
     "torch-index": Reader("hf-bin-sharded", make_index, run_convert),
+    "spiece": Reader("spm", make_spiece, run_spiece, _SPIECE),
     # Last: transformers makes every fork after it slower.
-    "spiece": Reader("spm", make_spiece, run_slow_tokenizer, _SLOW, _load_slow),
     "tokenizer-config": Reader(
         "spm", make_tokenizer_config, run_slow_tokenizer, _SLOW, _load_slow
     ),

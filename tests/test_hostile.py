@@ -581,6 +581,15 @@ def test_no_tokenizer_json(tmp_path, raw):
         Tokenizer(tmp_path)
 
 
+def test_text_that_is_none_inside_a_part(tmp_path):
+    """A part is taken apart later than the file: it is damaged all the same."""
+    folder = tokenizer_with(tmp_path, normalizer={"type": "NFC", "z": "?"})
+    raw = (folder / FILE).read_bytes()
+    (folder / FILE).write_bytes(raw.replace(b'"?"', b'"\x80"'))
+    with pytest.raises(InputError, match="cannot read"):
+        Tokenizer(folder)
+
+
 def test_an_id_beyond_the_embedding(mlx):
     """Tokens may have ids that the model lacks rows for: nothing gets that size."""
     vocabulary = json.loads((mlx / FILE).read_text())["model"]["vocab"]
