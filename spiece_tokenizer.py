@@ -35,6 +35,8 @@ class SpieceTokenizer:
             self._pieces = SentencePieceProcessor(model_proto=raw)
         except (OSError, RuntimeError) as error:
             raise InputError(f"cannot read {folder / FILE}: {error}") from None
+        if self._pieces.get_piece_size() < 1:
+            raise InputError(f"{folder / FILE} has no pieces")
         files = TokenizerFiles.read(folder, implied="T5Tokenizer")
         self._legacy = files.legacy
         self._added = self._with_ids(files.added)

@@ -142,7 +142,8 @@ class TextStream:
     def __init__(self, decode: Callable[[list[int]], str]):
         self._decode = decode
         self._window: list[int] = []
-        self._written = 0  # tokens at the window's start that are out already
+        self._written = 0  # tokens at the window's start that are out already,
+        self._before = ""  # and their text
 
     def push(self, token: int) -> str:
         """The text that ``token`` completes; empty while a character is unfinished."""
@@ -154,10 +155,16 @@ class TextStream:
         return self._advance(final=True)
 
     def _advance(self, final: bool) -> str:
-        before = self._decode(self._window[: self._written])
         text = self._decode(self._window)
-        if len(text) <= len(before) or (text.endswith(_BROKEN) and not final):
+        new = text[len(self._before) :]
+        if not new or (text.endswith(_BROKEN) and not final):
             return ""
-        self._window = self._window[self._written :]
+        # A window does not begin with spaces alone: a decoder drops those.
+        rest = self._window[self._written :]
+        self._before = self._decode(rest)
+        if self._before.strip():
+            self._window = rest
+        else:
+            self._before = text
         self._written = len(self._window)
-        return text[len(before) :]
+        return new

@@ -32,9 +32,10 @@ _ROLES = (
 )
 _OTHERS = "additional_special_tokens"
 
-#: Tokenizers that have T5's sentinels though no file says so, and how many.
+#: Tokenizers that have T5's sentinels, and these tokens, though no file says so.
 _IMPLIES = ("T5Tokenizer", "T5TokenizerFast")
 _SENTINELS = 100
+_T5 = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 
 
 class _Token(Struct):
@@ -114,6 +115,8 @@ class TokenizerFiles:
         kind = config.tokenizer_class or implied
         special = read_json(folder / SPECIAL, optional=True)
         roles: dict[str, _Token] = {}
+        if kind in _IMPLIES:
+            roles = {role: _Token(name) for role, name in _T5.items()}
         for source, name in ((values, CONFIG), (special, SPECIAL)):
             for role in _ROLES:
                 if source.get(role) is not None:
