@@ -405,7 +405,11 @@ def test_damaged_npz_files(make, tmp_path, data):
 
 @pytest.mark.parametrize(
     "field, value, message",
-    [("d_ff", 49, "shape"), ("num_layers", 3, "lacks"), ("num_layers", 1, "no use")],
+    [
+        ("d_ff", 49, "shape"),
+        ("num_layers", 3, "does not fit"),
+        ("num_layers", 1, "no use"),
+    ],
 )
 def test_weights_of_another_config(make, tmp_path, field, value, message):
     folder = shutil.copytree(make()[2], tmp_path / "mlx")

@@ -187,8 +187,8 @@ def decoded(folder: Path, tokens: list[int]) -> str:
     pieces = sentencepiece.SentencePieceProcessor(
         model_file=str(folder / "spiece.model")
     )
-    size = pieces.get_piece_size()
-    return pieces.decode([token for token in tokens if token < size])
+    known = set(range(pieces.get_piece_size())) - {pieces.unk_id()}
+    return pieces.decode([token for token in tokens if token in known])
 
 
 @pytest.mark.parametrize("name", FAMILY)
