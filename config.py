@@ -88,6 +88,7 @@ class Special(Struct):
     """The ids that either config may name."""
 
     decoder_start_token_id: Id | None = None
+    bos_token_id: Id | None = None
     pad_token_id: Id | None = None
     eos_token_id: Id | list[Id] | None = None
 
@@ -119,6 +120,15 @@ class _Fields(Special, kw_only=True):
     tie_word_embeddings: bool | None = None
     scale_decoder_outputs: bool | None = None
     quantization: _Quantized | None = None
+
+
+#: Names that transformers takes as well.
+_ALIASES = {
+    "hidden_size": "d_model",
+    "head_dim": "d_kv",
+    "num_attention_heads": "num_heads",
+    "num_hidden_layers": "num_layers",
+}
 
 
 @dataclass(frozen=True)
@@ -153,12 +163,19 @@ class T5Config:
             InputError: another architecture, or a field that is missing or odd.
         """
         kind = config.get("model_type")
+        if kind is None:
+            raise InputError(
+                'the config has no model_type: of a T5 it says "t5", "mt5" or "umt5"'
+            )
         if not isinstance(kind, str) or kind not in FAMILY:
             raise InputError(
                 f"model_type '{kind}' is another architecture: of encoder-decoders "
                 f"{', '.join(FAMILY)} are supported"
             )
-        fields = typed(config, _Fields, "the config")
+        other = {
+            ours: config[name] for name, ours in _ALIASES.items() if name in config
+        }
+        fields = typed({**other, **config}, _Fields, "the config")
         said = typed(generation, Special, "the generation config")
         activation, gated = _feed_forward(kind, fields)
 
@@ -182,7 +199,10 @@ class T5Config:
             gated=gated,
             shared_bias=kind != "umt5",
             scale_outputs=_scales_outputs(config),
-            start_token=either("decoder_start_token_id", fields.pad_token_id or 0),
+            start_token=either(
+                "decoder_start_token_id",
+                either("bos_token_id", fields.pad_token_id or 0),
+            ),
             eos_tokens=frozenset(eos if isinstance(eos, list) else [eos]),
             quantization=_quantization(fields.quantization),
         )

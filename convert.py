@@ -42,6 +42,14 @@ EMBEDDINGS = (
 #: A bias that old checkpoints have and nothing reads.
 UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 
+#: What frameworks put before every name: DataParallel, torch.compile, Lightning, and
+#: transformers where the T5 is a part of a model.
+PREFIXES = {"module", "_orig_mod", "model", "transformer"}
+#: What reinforcement learning leaves, and nothing that is written depends on.
+VALUE_HEADS = ("v_head.", "value_head.")
+BARE = ["T5Model"]
+CLASSIFIERS = ("classification_head.", "qa_outputs.", "classifier.")
+
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -103,6 +111,7 @@ def plan(config: Any, tensors: "Mapping[str, Tensor]") -> "dict[str, list[Tensor
     """
     from model import T5, parameter_shapes
 
+    _require_t5(tensors)
     sizes = [tensor.bits.nbytes for tensor in tensors.values()]
     config.require(sum(map(bool, sizes)), sum(sizes))
     embedding = next((name for name in EMBEDDINGS if name in tensors), EMBEDDINGS[0])
@@ -124,12 +133,85 @@ def plan(config: Any, tensors: "Mapping[str, Tensor]") -> "dict[str, list[Tensor
                 f"{stacked}, but the config asks for {shapes[ours]}"
             )
         steps[ours] = parts
-    used = {name for theirs in names.values() for name in theirs}
-    known = {*used, *EMBEDDINGS, UNUSED} | ({"lm_head.weight"} if tied else set())
-    stray = next((name for name in tensors if name not in known), None)
-    if stray:
-        raise InputError(f"the checkpoint has {stray}, which T5 has no place for")
+    for parts in steps.values():
+        for part in parts:
+            part.require_floats()
+    for name in EMBEDDINGS:
+        if name in tensors and not _are_equal(tensors[name], tensors[embedding]):
+            raise InputError(f"{name} is another than {embedding}: a T5 has one")
     return steps
+
+
+def unused(config: Any, tensors: "Mapping[str, Tensor]") -> list[str]:
+    """The tensors that a T5 has no place for and that change nothing.
+
+    Raises:
+        InputError: one of them may change what the model writes.
+    """
+    embedding = next((name for name in EMBEDDINGS if name in tensors), EMBEDDINGS[0])
+    names = recipe(config, _is_tied(tensors, embedding), embedding)
+    used = {name for theirs in names.values() for name in theirs}
+    known = {*used, *EMBEDDINGS, UNUSED, "lm_head.weight"}
+    left = [name for name in tensors if name not in known]
+    for name in left:
+        value_head = name.startswith(VALUE_HEADS)
+        if not (value_head or _is_buffer(tensors[name]) or _is_zero(tensors[name])):
+            raise InputError(f"the checkpoint has {name}, which T5 has no place for")
+    return left
+
+
+def _is_buffer(tensor: "Tensor") -> bool:
+    """Whether it holds counters or masks: integers, where weights are none."""
+    from sources import FLOATS
+
+    return tensor.dtype not in FLOATS and not tensor.name.endswith(".weight")
+
+
+def _is_zero(tensor: "Tensor") -> bool:
+    """Whether it adds nothing: t5-small of 2020 had biases of its norms, all 0."""
+    return tensor.name.endswith(".bias") and not tensor.bits.any()
+
+
+def _require_t5(tensors: "Mapping[str, Tensor]") -> None:
+    """
+    Raises:
+        InputError: the tensors are of something else that is made from T5s.
+    """
+    from sources import ADAPTER
+
+    if any("lora_" in name for name in tensors):
+        raise InputError(f"the checkpoint {ADAPTER}")
+    if any(name.startswith(CLASSIFIERS) for name in tensors):
+        raise InputError(
+            "the checkpoint is a T5 with a classification head, which writes no text"
+        )
+    if not any(name.startswith("decoder.") for name in tensors) and any(
+        name.startswith("encoder.") for name in tensors
+    ):
+        raise InputError(
+            "the checkpoint is an encoder alone (as sentence-t5 and text encoders of "
+            "image models are), which writes no text"
+        )
+
+
+def by_t5s_names(tensors: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
+    """The tensors without the prefixes that frameworks put before all names.
+
+    Raises:
+        InputError: two have one name then.
+    """
+    first = "encoder.block.0.layer.0.SelfAttention.q.weight"
+    whole = next((name for name in tensors if name.endswith(first)), first)
+    prefix = whole.removesuffix(first)
+    if not prefix or not {*prefix.rstrip(".").split(".")} <= PREFIXES:
+        return dict(tensors)
+    named: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        short = name.removeprefix(prefix)
+        if short in named:
+            raise InputError(f"the checkpoint has {short} twice, once as {name}")
+        named[short] = tensor
+    return named
 
 
 def _stacked(parts: "list[Tensor]") -> tuple[int, ...]:
@@ -141,11 +223,18 @@ def _stacked(parts: "list[Tensor]") -> tuple[int, ...]:
 
 def _is_tied(tensors: "Mapping[str, Tensor]", embedding: str) -> bool:
     """Whether the output head is the embedding: there is no other, or it is a copy."""
-    import numpy as np
-
     head, shared = tensors.get("lm_head.weight"), tensors.get(embedding)
     if head is None or shared is None:
         return head is None
+    return _are_equal(head, shared)
+
+
+def _are_equal(head: "Tensor", shared: "Tensor") -> bool:
+    """Whether two tensors hold the same."""
+    import numpy as np
+
+    if head is shared:
+        return True
     if head.shape != shared.shape or head.dtype != shared.dtype:
         return False
     # A thousand rows at a time: mT5's largest would take a gigabyte at once.
@@ -234,25 +323,43 @@ def convert(
             f"--output"
         )
     check_replaceable(output)
-    tensors = open_checkpoint(source)
-    steps = plan(T5Config.read(source), tensors)
+    tensors = by_t5s_names(open_checkpoint(source))
+    config = T5Config.read(source)
+    steps = plan(config, tensors)
+    _say_what_is_odd(read_json(source / CONFIG), unused(config, tensors), steps)
     storage = Storage(choose_dtype(dtype, tensors), quantization)
     try:
         with replacing(output) as folder:
             save_tokenizer(source, folder)
             if is_file(source / GENERATION_CONFIG):
                 shutil.copyfile(source / GENERATION_CONFIG, folder / GENERATION_CONFIG)
-            config = read_json(source / CONFIG)
-            config.pop("quantization", None)
+            values = read_json(source / CONFIG)
+            values.pop("quantization", None)
             if quantization:
-                config["quantization"] = asdict(quantization)
-            (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+                values["quantization"] = asdict(quantization)
+            (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", "utf-8")
             _require_space(folder, steps, storage)
             _write_weights(folder / WEIGHTS, steps, storage)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise InputError(f"no space left on the disk of {output.parent}") from None
         raise InputError(f"cannot write {output}: {error}") from None
+
+
+def _say_what_is_odd(
+    config: Mapping[str, Any], unused: list[str], steps: Mapping[str, Any]
+) -> None:
+    """A line about what is left out, and one about what is missing and made up for."""
+    if unused:
+        names = ", ".join(unused[:3]) + (", ..." if len(unused) > 3 else "")
+        print(f"not used, as T5 has no place for them: {names}", file=sys.stderr)
+    untied = config.get("tie_word_embeddings") is False
+    if "head.weight" not in steps and (untied or config.get("architectures") == BARE):
+        print(
+            "the checkpoint has no output head, which its config wants: the embedding "
+            "takes its place",
+            file=sys.stderr,
+        )
 
 
 def _require_space(

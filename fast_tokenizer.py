@@ -227,7 +227,8 @@ class FastTokenizer:
         self._folder = folder
         self._path = folder / FILE
         if is_file(self._path):
-            self._library = self._ask(Library.from_buffer, self._path.read_bytes())
+            with open_file(self._path) as file:
+                self._library = self._ask(Library.from_buffer, file.read())
         else:
             self._path = folder / VOCABULARY
             self._library = self._ask(_byte_level, folder)

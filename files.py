@@ -7,6 +7,7 @@ of a sane size and depth, and its fields of the types and ranges that a schema s
 
 import json
 import mmap
+import os
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,9 @@ JSON_BYTES = 1 << 22
 INDEX_BYTES = 1 << 24
 #: Objects and lists inside each other.
 JSON_DEPTH = 64
+
+#: What a repository that was cloned without git-lfs has instead of large files.
+_POINTER = b"version https://git-lfs"
 
 T = TypeVar("T")
 
@@ -66,7 +70,14 @@ def open_file(path: Path) -> BinaryIO:
     """
     if not is_file(path):
         raise FileNotFoundError(f"{path} is missing")
-    return path.open("rb", buffering=0)
+    file = path.open("rb", buffering=0)
+    if os.pread(file.fileno(), len(_POINTER), 0) == _POINTER:
+        file.close()
+        raise InputError(
+            f"{path} is not the file, but git-lfs's pointer to it: fetch it (git lfs "
+            f"pull)"
+        )
+    return file
 
 
 def map_file(path: Path) -> mmap.mmap:

@@ -287,7 +287,11 @@ def write_json(answer: "Generation", sample: int | None) -> None:
     }
     if sample is not None:
         value["sample"] = sample
-    print(json.dumps(value, ensure_ascii=False), flush=True)
+    text = json.dumps(value, ensure_ascii=False)
+    # Some readers take these for the end of a line.
+    for separator in "\u2028\u2029":
+        text = text.replace(separator, f"\\u{ord(separator):x}")
+    print(text, flush=True)
 
 
 def report(stats: "Stats", verbose: bool) -> None:

@@ -37,11 +37,16 @@ COMPANIONS = (
     "chat_template.jinja",
 )
 
+ADAPTER = (
+    "holds an adapter (LoRA), not a model: merge it into its base model first (peft: "
+    "merge_and_unload, then save_pretrained)"
+)
+
 #: Bytes of a tensor that are read at a time.
 BLOCK = 1 << 23
 
 #: Weights that are floating-point numbers: as safetensors names them.
-FLOATS = ("F32", "F16", "BF16")
+FLOATS = ("F32", "F16", "BF16", "F64")
 
 #: What safetensors stores, and numpy's dtype of the same width to map it by; bfloat16
 #: and floats of 8 bits as raw bits.
@@ -100,6 +105,17 @@ class Tensor:
     def shape(self) -> tuple[int, ...]:
         return self.bits.shape
 
+    def require_floats(self) -> None:
+        """
+        Raises:
+            InputError: they are no floating-point numbers of 16 bits or more.
+        """
+        if self.dtype not in FLOATS:
+            raise InputError(
+                f"{self.name} has the dtype {self.dtype}: no weight does, but those of "
+                f"quantized checkpoints; convert the one that it was made from"
+            )
+
     def blocks(self) -> Iterator[Any]:
         """The values as ``mx.array`` blocks of rows, some megabytes each.
 
@@ -111,12 +127,13 @@ class Tensor:
         """
         import mlx.core as mx
 
-        if self.dtype not in FLOATS:
-            raise InputError(f"{self.name} has the dtype {self.dtype}: no weight does")
+        self.require_floats()
         rows = len(self.bits)
         step = max(1, BLOCK // max(1, self.bits.nbytes // max(1, rows)))
         for start in range(0, rows, step):
-            block = mx.array(self.bits[start : start + step])
+            part = self.bits[start : start + step]
+            # A GPU has no float64; nor has what is written.
+            block = mx.array(part.astype("f4") if self.dtype == "F64" else part)
             yield block.view(mx.bfloat16) if self.dtype == "BF16" else block
 
 
@@ -134,6 +151,8 @@ def open_checkpoint(folder: Path) -> dict[str, Tensor]:
             return read(folder / single)
         if is_file(folder / index):
             return _read_shards(folder, folder / index, read)
+    if is_file(folder / "adapter_config.json"):
+        raise InputError(f"{folder} {ADAPTER}")
     names = ", ".join((*SAFETENSORS, *TORCH))
     raise InputError(f"{folder} holds no weights: none of {names}")
 

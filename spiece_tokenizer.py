@@ -14,7 +14,7 @@ from pathlib import Path
 from sentencepiece import SentencePieceProcessor
 
 from errors import InputError
-from files import require_files
+from files import open_file, require_files
 from tokenizer_files import AddedToken, TokenizerFiles, copy_files
 
 FILE = "spiece.model"
@@ -31,8 +31,8 @@ class SpieceTokenizer:
         require_files(folder)
         self._folder = folder
         try:
-            raw = (folder / FILE).read_bytes()
-            self._pieces = SentencePieceProcessor(model_proto=raw)
+            with open_file(folder / FILE) as file:
+                self._pieces = SentencePieceProcessor(model_proto=file.read())
         except (OSError, RuntimeError) as error:
             raise InputError(f"cannot read {folder / FILE}: {error}") from None
         if self._pieces.get_piece_size() < 1:

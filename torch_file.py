@@ -42,6 +42,10 @@ _DTYPES = {
 _SHARING = 8
 
 
+#: Where Lightning, and others by habit, put a state dict.
+_INSIDE = ("state_dict", "model_state_dict", "model")
+
+
 class TorchTensor(NamedTuple):
     """A mapped tensor: its dtype as safetensors names it, and its bits."""
 
@@ -73,16 +77,30 @@ def read_torch(path: Path) -> dict[str, TorchTensor]:
 
 
 def _named(state: Any, limit: float = math.inf) -> dict[str, View]:
-    """The state dict, checked to be tensors by name, of ``limit`` bytes at most."""
+    """The state dict, checked to be tensors by name, of ``limit`` bytes at most.
+
+    Frameworks keep it inside another one, beside what training needs.
+    """
+    if isinstance(state, dict):
+        inside = [state[name] for name in _INSIDE if isinstance(state.get(name), dict)]
+        state = inside[0] if inside else state
     if not isinstance(state, dict):
-        raise RefusedError(f"holds a {type(state).__name__}, not tensors by name")
+        raise RefusedError(f"holds {_a(state)}, not tensors by name")
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, View):
-            kind = type(value).__name__
-            raise RefusedError(f"holds a {kind} under '{name}', where a tensor belongs")
+            raise RefusedError(
+                f"holds {_a(value)} under '{name}', where a tensor belongs: it is no "
+                f"model, or the state of a training"
+            )
     if sum(view.size * _width(view.storage) for view in state.values()) > limit:
         raise RefusedError("has tensors that are many times as large as the file")
     return state
+
+
+def _a(value: Any) -> str:
+    """The name of its type, with an article."""
+    name = type(value).__name__
+    return f"an {name}" if name[0] in "aeiouAEIOU" else f"a {name}"
 
 
 def _width(storage: Storage) -> int:

@@ -298,6 +298,153 @@ def test_bad_sources(source, tmp_path, damage, message):
     assert not list(tmp_path.glob("models/*")) + list(tmp_path.glob("models/.*"))
 
 
+def without(tensors, *parts):
+    return {k: v for k, v in tensors.items() if not k.startswith(parts)}
+
+
+#: What transformers loads, each tensor of the T5 in its place: the same conversion.
+HARMLESS = {
+    "value head": lambda t: t | {"v_head.summary.weight": torch.ones(1, 32)},
+    "biases of zero": lambda t: (
+        t
+        | {
+            k.replace("weight", "bias"): torch.zeros_like(v)
+            for k, v in t.items()
+            if "layer_norm" in k
+        }
+    ),
+    "integer buffer": lambda t: t | {"position_ids": torch.arange(4)},
+    "transformer.": lambda t: {f"transformer.{k}": v for k, v in t.items()},
+    "module.": lambda t: {f"module.{k}": v for k, v in t.items()},
+    "compiled": lambda t: {f"model._orig_mod.{k}": v for k, v in t.items()},
+    "float64": lambda t: {k: v.double() for k, v in t.items()},
+}
+
+
+@pytest.mark.parametrize("change", HARMLESS.values(), ids=HARMLESS)
+def test_what_changes_nothing(make, source, tmp_path, change, capsys):
+    """Converted to the same bytes; what is left out is named."""
+    tensors = tensors_of(source)
+    rewrite(source, change(tensors))
+    convert.convert(source, tmp_path / "mlx")
+    again = (tmp_path / "mlx" / WEIGHTS).read_bytes()
+    assert again == (make()[2] / WEIGHTS).read_bytes()
+    extra = [name for name in change(tensors) if name not in tensors]
+    said = capsys.readouterr().err
+    assert ("not used" in said) == (len(change(tensors)) > len(tensors))
+    assert "not used" not in said or extra[0] in said
+
+
+INSIDE = {
+    "Lightning": lambda t: {
+        "epoch": 3,
+        "state_dict": {f"model.{k}": v for k, v in t.items()},
+    },
+    "a habit": lambda t: {"model_state_dict": t, "optimizer": {}},
+}
+
+
+@pytest.mark.parametrize("change", INSIDE.values(), ids=INSIDE)
+def test_a_state_dict_one_level_down(make, source, tmp_path, change):
+    tensors = tensors_of(source)
+    no_weights(source)
+    torch.save(change(tensors), source / "pytorch_model.bin")
+    convert.convert(source, tmp_path / "mlx")
+    again = (tmp_path / "mlx" / WEIGHTS).read_bytes()
+    assert again == (make()[2] / WEIGHTS).read_bytes()
+
+
+def lora(folder):
+    no_weights(folder)
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+
+
+def lora_tensors(folder):
+    name = "base_model.model.decoder.block.0.layer.0.SelfAttention.q.lora_A.weight"
+    rewrite(folder, {name: torch.zeros(4, 32)})
+
+
+def pointer(folder):
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 792000\n"
+    (folder / "model.safetensors").write_text(text)
+
+
+def training_state(folder):
+    no_weights(folder)
+    torch.save({"epoch": 3, "loss": 0.5}, folder / "pytorch_model.bin")
+
+
+def no_model_type(folder):
+    values = json.loads((folder / "config.json").read_text())
+    del values["model_type"]
+    (folder / "config.json").write_text(json.dumps(values))
+
+
+NAMED = {
+    "encoder": (lambda t: without(t, "decoder"), "encoder alone"),
+    "classifier": (
+        lambda t: (
+            {f"transformer.{k}": v for k, v in t.items()}
+            | {"classification_head.dense.weight": torch.zeros(2, 32)}
+        ),
+        "classification head",
+    ),
+    "int8": (
+        lambda t: {k: v.to(torch.int8) if v.ndim == 2 else v for k, v in t.items()},
+        "I8: no weight does, but those of quantized",
+    ),
+    "fp8": (
+        lambda t: {k: v.to(torch.float8_e4m3fn) for k, v in t.items()},
+        "F8_E4M3: no weight does, but those of quantized",
+    ),
+    "another embedding": (
+        lambda t: t | {"encoder.embed_tokens.weight": torch.ones(96, 32)},
+        r"encoder\.embed_tokens\.weight is another",
+    ),
+    "a bias": (
+        lambda t: t | {"encoder.final_layer_norm.bias": torch.ones(32)},
+        "no place for",
+    ),
+    "an adapter's layer": (
+        lambda t: t | {"decoder.block.0.adapter.weight": torch.zeros(4, 32)},
+        "no place for",
+    ),
+}
+
+
+@pytest.mark.parametrize("change, message", NAMED.values(), ids=NAMED)
+def test_what_is_no_t5_is_named(source, tmp_path, change, message):
+    rewrite(source, {k: v.contiguous() for k, v in change(tensors_of(source)).items()})
+    with pytest.raises(InputError, match=message):
+        convert.convert(source, tmp_path / "mlx")
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lora, "adapter"),
+        (lora_tensors, "adapter"),
+        (pointer, "git-lfs"),
+        (training_state, "holds an int under 'epoch'"),
+        (no_model_type, "no model_type"),
+    ],
+)
+def test_folders_of_something_else_are_named(source, tmp_path, damage, message):
+    damage(source)
+    with pytest.raises(InputError, match=message):
+        convert.convert(source, tmp_path / "mlx")
+
+
+def test_a_missing_head_is_said(source, tmp_path, capsys):
+    """T5 1.1 has one; saved from a T5Model it is not there."""
+    edit(source / "config.json", tie_word_embeddings=False)
+    convert.convert(source, tmp_path / "mlx")
+    assert "no output head" in capsys.readouterr().err
+    edit(source / "config.json", tie_word_embeddings=True)
+    convert.convert(source, tmp_path / "mlx")
+    assert "no output head" not in capsys.readouterr().err
+
+
 def test_no_such_folder(tmp_path):
     with pytest.raises(InputError, match="no checkpoint folder"):
         convert.convert(tmp_path / "nowhere", tmp_path / "mlx")

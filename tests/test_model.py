@@ -303,6 +303,48 @@ def test_configs_that_are_refused(tiny, field, value, message):
         T5Config.from_dict(config, {})
 
 
+def test_names_that_transformers_takes_as_well(tiny):
+    config = tiny[0].config.to_dict()
+    other = {"hidden_size": "d_model", "head_dim": "d_kv"}
+    other |= {"num_attention_heads": "num_heads", "num_hidden_layers": "num_layers"}
+    renamed = dict(config)
+    for theirs, ours in other.items():
+        renamed[theirs] = renamed.pop(ours)
+    assert T5Config.from_dict(renamed, {}) == T5Config.from_dict(config, {})
+
+
+def test_where_decoding_starts(tiny):
+    """As generate has it: the start token, else the beginning of a sequence."""
+    config = tiny[0].config.to_dict() | {"decoder_start_token_id": None}
+    config |= {"bos_token_id": None, "pad_token_id": 3}
+    assert T5Config.from_dict(config, {}).start_token == 3
+    assert T5Config.from_dict(config | {"bos_token_id": 4}, {}).start_token == 4
+    assert T5Config.from_dict(config, {"bos_token_id": 5}).start_token == 5
+    said = {"decoder_start_token_id": 6, "bos_token_id": 5}
+    assert T5Config.from_dict(config, said).start_token == 6
+
+
+@pytest.mark.parametrize(
+    "said, activation, gated",
+    [
+        ({"feed_forward_proj": "relu"}, "relu", False),
+        ({"feed_forward_proj": "gated-gelu"}, "gelu_new", True),
+        ({"feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu"}, "gelu", True),
+        ({"feed_forward_proj": "relu", "dense_act_fn": "gelu_new"}, "gelu_new", False),
+        ({"feed_forward_proj": "gated-silu", "is_gated_act": False}, "silu", False),
+    ],
+)
+def test_the_feed_forward_by_two_names(tiny, said, activation, gated):
+    """FLAN-T5's configs of 2022 say "gelu" beside "gated-gelu", and mean it."""
+    config = tiny[0].config.to_dict()
+    for name in ("dense_act_fn", "is_gated_act"):
+        config.pop(name, None)
+    found = T5Config.from_dict(config | said, {})
+    assert (found.activation, found.gated) == (activation, gated)
+    with pytest.raises(InputError, match="dense_act_fn 'sparkle'"):
+        T5Config.from_dict(config | {"dense_act_fn": "sparkle"}, {})
+
+
 def test_config_without_a_size(tiny):
     config = tiny[0].config.to_dict()
     del config["d_ff"]
