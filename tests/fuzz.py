@@ -499,7 +499,7 @@ def fuzz(
         until = time.monotonic() + seconds
         with get_context("fork").Pool(jobs) as pool:
             numbers = count(first) if inputs is None else range(first, first + inputs)
-            batch = 4 * jobs
+            batch = (4 if inputs is None else 100) * jobs
             while time.monotonic() < until:
                 some = [n for n, _ in zip(numbers, range(batch), strict=False)]
                 if not some:
