@@ -295,12 +295,14 @@ def convert(
     output: Path,
     dtype: str = "auto",
     quantization: "Quantization | None" = None,
+    tokenizer: Path | None = None,
 ) -> None:
     """Convert the checkpoint in ``source`` into the folder ``output``.
 
     Args:
         dtype: of :data:`DTYPES`, or ``auto``, see :func:`choose_dtype`.
         quantization: how to quantize the matrices; None leaves them.
+        tokenizer: the folder that has it; None for the source.
 
     Raises:
         InputError: the source is no T5 checkpoint that can be read whole, the output
@@ -330,7 +332,7 @@ def convert(
     storage = Storage(choose_dtype(dtype, tensors), quantization)
     try:
         with replacing(output) as folder:
-            save_tokenizer(source, folder)
+            save_tokenizer(tokenizer or source, folder)
             if is_file(source / GENERATION_CONFIG):
                 shutil.copyfile(source / GENERATION_CONFIG, folder / GENERATION_CONFIG)
             values = read_json(source / CONFIG)
@@ -459,16 +461,26 @@ def save_tokenizer(source: Path, folder: Path) -> None:
             texts in another way afterwards.
     """
     from confined import Confined
-    from text import Tokenizer, reader_of
+    from fast_tokenizer import FILE
+    from files import is_file
+    from text import SPIECE, Tokenizer, reader_of
 
     reader = Confined(reader_of(source), source)
     reader.call("save", str(folder.resolve()))
     saved = Tokenizer(folder)
-    for probe in PROBES:
-        if saved.encode(probe) != reader.call("encode", probe):
-            raise InputError(
-                f"the tokenizer of {source} reads texts in another way once it is "
-                f"saved: it is not converted"
+    read = [reader.call("encode", probe) for probe in PROBES]
+    if [saved.encode(probe) for probe in PROBES] != read:
+        raise InputError(
+            f"the tokenizer of {source} reads texts in another way once it is saved: "
+            f"it is not converted"
+        )
+    if is_file(source / SPIECE) and reader_of(source) != "spiece_tokenizer":
+        pieces = Confined("spiece_tokenizer", source)
+        if [pieces.call("encode", probe) for probe in PROBES] != read:
+            print(
+                f"{FILE} and {SPIECE} read some texts differently: {FILE} is used, as "
+                f"transformers does",
+                file=sys.stderr,
             )
 
 
@@ -489,6 +501,12 @@ def parse_arguments(arguments: list[str] | None = None) -> Any:
         type=Path,
         metavar="DIR",
         help="where the converted model goes (default: models/ and the model's name)",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="DIR",
+        help="the folder whose tokenizer it has, where it was saved without one",
     )
     parser.add_argument(
         "--dtype",
@@ -581,7 +599,7 @@ def main() -> None:
     local = Path(arguments.model)
     name = local.resolve().name if local.is_dir() else local.name
     output = arguments.output or MODELS / name
-    convert(source, output, arguments.dtype, quantization)
+    convert(source, output, arguments.dtype, quantization, arguments.tokenizer)
     print(f"converted into {output}", file=sys.stderr)
 
 

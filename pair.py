@@ -11,6 +11,7 @@ In use::
 
 import fast_blas
 
+import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -31,6 +32,9 @@ from sources import fetch_causal
 from text import TextStream, Tokenizer
 
 LOOKUP = "prompt-lookup"  # a draft without a model
+
+#: Names of T5s on the hub.
+_T5S = re.compile(r"(^|[/_-])(u?m?t5|byt5|codet5p?|madlad400|aya-101|flan-ul2)\b", re.I)
 
 
 class DifferentTokenizersError(InputError):
@@ -276,7 +280,8 @@ def find(name: str) -> Path:
         folder = None
         with suppress(InputError, OSError):
             if not Path(name).is_dir():
-                folder = fetch_causal(name)
+                # A T5 has to be converted, whatever the hub has to say after a while.
+                folder = None if _T5S.search(name) else fetch_causal(name)
             elif is_causal(Path(name)):
                 folder = Path(name)
         if folder is None:

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import AutoTokenizer, T5Tokenizer
 from transformers.utils import logging
 
+from confined import FILES
 from errors import InputError
 from fast_tokenizer import FILE
 from files import is_file, require_files
@@ -77,6 +78,12 @@ def open_folder(folder: Path) -> SlowTokenizer:
 def _load(folder: Path) -> Any:
     logging.set_verbosity_error()
     require_files(folder)
+    if not any(is_file(folder / name) for name in FILES):
+        # transformers would make one up.
+        raise InputError(
+            f"{folder} has no tokenizer: name the folder of the model that it was made "
+            f"from (convert.py --tokenizer)"
+        )
     # transformers 5 takes umT5's from a tokenizer.json alone.
     classes = [AutoTokenizer]
     if is_file(folder / "spiece.model") and not is_file(folder / FILE):

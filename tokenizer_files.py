@@ -25,12 +25,12 @@ CONFIG = "tokenizer_config.json"
 SPECIAL = "special_tokens_map.json"
 ADDED = "added_tokens.json"
 
-#: What names a special token in either file; the last one names several.
+#: What names a special token in either file; the others name several.
 _ROLES = (
     *("bos_token", "eos_token", "unk_token", "sep_token"),
     *("pad_token", "cls_token", "mask_token"),
 )
-_OTHERS = "additional_special_tokens"
+_OTHERS = ("additional_special_tokens", "extra_special_tokens")
 
 #: Tokenizers that have T5's sentinels, and these tokens, though no file says so.
 _IMPLIES = ("T5Tokenizer", "T5TokenizerFast")
@@ -190,12 +190,16 @@ def _token(value: Any, path: Path) -> _Token:
 
 def _others(values: dict[str, Any], path: Path) -> dict[str, _Token]:
     """The further special tokens that a file names."""
-    tokens = values.get(_OTHERS)
-    if tokens is None:
-        return {}
-    if not isinstance(tokens, list):
-        raise InputError(f"{path} has {_OTHERS} that are no list")
-    return {token.content: token for token in (_token(each, path) for each in tokens)}
+    found: dict[str, _Token] = {}
+    for name in _OTHERS:
+        tokens = values.get(name) or []
+        if isinstance(tokens, dict):  # by names of their own
+            tokens = list(tokens.values())
+        if not isinstance(tokens, list):
+            raise InputError(f"{path} has {name} that are no list")
+        for token in (_token(each, path) for each in tokens):
+            found.setdefault(token.content, token)
+    return found
 
 
 def _id(value: Any, path: Path) -> int:

@@ -435,6 +435,18 @@ def test_folders_of_something_else_are_named(source, tmp_path, damage, message):
         convert.convert(source, tmp_path / "mlx")
 
 
+def test_the_tokenizer_of_another_folder(make, source, tmp_path):
+    """Fine-tunes are often saved without one."""
+    no_tokenizer(source)
+    with pytest.raises(InputError, match="no tokenizer"):
+        convert.convert(source, tmp_path / "mlx")
+    convert.convert(source, tmp_path / "mlx", tokenizer=make()[1])
+    made = (tmp_path / "mlx" / "tokenizer.json").read_bytes()
+    assert made == (make()[2] / "tokenizer.json").read_bytes()
+    parsed = convert.parse_arguments(["--model", "x", "--tokenizer", "y"])
+    assert str(parsed.tokenizer) == "y"
+
+
 def test_a_missing_head_is_said(source, tmp_path, capsys):
     """T5 1.1 has one; saved from a T5Model it is not there."""
     edit(source / "config.json", tie_word_embeddings=False)

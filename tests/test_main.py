@@ -142,6 +142,25 @@ def test_prompts_from_standard_input(call, pair, monkeypatch):
     one_line(call(*arguments, "--prompt", "-"), "UTF-8")
 
 
+@pytest.mark.parametrize("name", ["t5-small", "google/flan-t5-xl", "x/madlad400-3b"])
+def test_a_t5_that_is_not_converted(call, monkeypatch, name):
+    """Said at once: the hub, which may be out of reach, has nothing to add."""
+
+    def asked(*_):
+        raise AssertionError
+
+    monkeypatch.setattr("pair.fetch_causal", asked)
+    one_line(call("--model", name, "--prompt", "a"), "convert it first", name)
+
+
+def test_json_lines_are_lines(call, pair, monkeypatch):
+    """Some readers end a line at these: they are written as escapes."""
+    monkeypatch.setattr("text.Tokenizer.decode", lambda *_: "a\u2028b\u2029c")
+    out = call(*models(pair), "--json", "--prompt", PROMPT, "--max-tokens", 2)[1]
+    assert len(out.splitlines()) == 1
+    assert "a\u2028b\u2029c" in json.loads(out)["text"]
+
+
 def test_full_disk(pair):
     """/dev/full takes nothing: one line, no traceback."""
     with Path("/dev/full").open("w") as full:

@@ -174,7 +174,7 @@ def test_text_after_a_special_token(tmp_path):
 FLAGS = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
 
 
-@pytest.mark.parametrize("where", ["decoder", "map", "names", "added"])
+@pytest.mark.parametrize("where", ["decoder", "map", "names", "newer", "added"])
 def test_added_tokens_of_every_generation(tmp_path, where):
     """The same token, as files have said it over the years."""
     theirs = train(tmp_path)
@@ -187,6 +187,8 @@ def test_added_tokens_of_every_generation(tmp_path, where):
         special = {"additional_special_tokens": [token]}
         (tmp_path / "special_tokens_map.json").write_text(json.dumps(special))
         (tmp_path / "added_tokens.json").write_text(json.dumps({"<sep>": size}))
+    elif where == "newer":
+        fields["extra_special_tokens"] = ["<sep>"]
     elif where == "names":
         fields["additional_special_tokens"] = ["<sep>"]
     else:
@@ -370,6 +372,44 @@ def test_codet5s_files(tmp_path, in_config):
     expected = [1, *head, ids["<extra_id_0>"], *tail, 2]
     assert ours.encode("def f(x): <extra_id_0> return") == expected
     assert ours.decode(expected) == "def f(x): return"
+
+
+def test_two_forms_that_disagree(tmp_path, capsys):
+    """Said in a line, and tokenizer.json wins; said nothing where they agree."""
+    pieces = train(tmp_path / "a")
+    configure(tmp_path / "a")
+    library = unigram()
+    library.save(str(tmp_path / "a" / FILE))
+    (tmp_path / "b").mkdir()
+    save_tokenizer_confined(tmp_path / "a", tmp_path / "b")
+    assert "read some texts differently" in capsys.readouterr().err
+    ours = Tokenizer(tmp_path / "b")
+    assert ours.encode("the cat sat") == library.encode("the cat sat").ids
+    vocabulary = [
+        (pieces.id_to_piece(i), pieces.get_score(i))
+        for i in range(pieces.get_piece_size())
+    ]
+    same = Library(models.Unigram(vocabulary, unk_id=2))
+    same.normalizer = normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Replace(Regex("\\s+"), " ")]
+    )
+    same.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), META]
+    )
+    same.decoder = decoders.Metaspace()
+    same.post_processor = processors.TemplateProcessing("$A </s>", None, [("</s>", 1)])
+    same.add_special_tokens(["</s>", "<pad>", "<unk>"])
+    same.save(str(tmp_path / "a" / FILE))
+    (tmp_path / "c").mkdir()
+    save_tokenizer_confined(tmp_path / "a", tmp_path / "c")
+    assert capsys.readouterr().err == ""
+
+
+def test_no_tokenizer_at_all(tmp_path):
+    """transformers makes one up; a ByT5 without its files is told what to do."""
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    with pytest.raises(InputError, match="--tokenizer"):
+        save_tokenizer_confined(tmp_path, tmp_path)
 
 
 def test_which_file_is_read(tmp_path):
