@@ -125,11 +125,14 @@ def require_weights(config: dict[str, Any], folder: Path) -> None:
     for values in (config, inner if isinstance(inner, dict) else {}):
         for name, value in values.items():
             most = min(filled // 2, 1000) if name in _LAYERS else _MOST
-            counts = name in _LAYERS or "num_" in name or "layers" in name
-            if (counts or "expert" in name) and not _is_count(value, most):
+            words = ("num_", "layers", "expert")
+            counts = name in _LAYERS or any(word in name for word in words)
+            if name.endswith(("_size", "_dim")):
+                counts, most = True, 1 << 24
+            if counts and not _is_count(value, most):
                 raise InputError(
-                    f"{folder / CONFIG} does not fit the weights: {name} is "
-                    f"{value:.6g}, and they are {filled} tensors"
+                    f"{folder / CONFIG} does not fit the weights: its {name} is over "
+                    f"{most}, and they are {filled} tensors"
                 )
 
 
@@ -209,8 +212,15 @@ def positions(folder: Path) -> int | None:
 
 
 def rows(model: nn.Module) -> int:
-    """How many ids a model has logits for, whatever its config says."""
-    return model(mx.array([[0]])).shape[-1]  # lazy: nothing is computed
+    """How many ids a model has logits for, whatever its config says.
+
+    Raises:
+        InputError: its parts do not go together.
+    """
+    try:
+        return model(mx.array([[0]])).shape[-1]  # lazy: nothing is computed
+    except Exception as error:  # of any kind, for whatever a config may say
+        raise InputError(f"mlx-lm cannot run this model: {error}") from None
 
 
 def learned_positions(model: nn.Module) -> int | None:

@@ -35,6 +35,7 @@ FILES = {
     *("vocab.txt", "tokenizer_config.json"),
 }
 COUNTED = 40_000_000
+THREADED = ("MKL", "OMP", "OPENBLAS", "RAYON", "VECLIB_MAXIMUM")
 #: Seconds to wait for a process that computes nothing and says nothing.
 PATIENCE = 300
 #: Bytes of an answer.
@@ -60,6 +61,10 @@ class Confined:
         ours, theirs = socket.socketpair()
         secrets = {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"}
         environment = {k: v for k, v in os.environ.items() if k not in secrets}
+        # A library's threads would take their memory before anything is read.
+        environment |= {f"{name}_NUM_THREADS": "1" for name in THREADED}
+        path = [str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
         module, folder = self._module, str(self._folder)
         with theirs:
             self._process = subprocess.Popen(
@@ -132,10 +137,11 @@ def _end(process: subprocess.Popen, pipe: Connection) -> None:
 
 
 def limit_memory(size: int) -> None:
-    """Let this process allocate only so many more bytes."""
+    """Let this process allocate, and write to a file, only so many bytes in all."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_DATA, (size, size))
+    for limit in (resource.RLIMIT_DATA, resource.RLIMIT_FSIZE):
+        with suppress(ValueError, OSError):
+            resource.setrlimit(limit, (size, size))
 
 
 def limit_seconds(seconds: float) -> None:
@@ -143,11 +149,14 @@ def limit_seconds(seconds: float) -> None:
     used = resource.getrusage(resource.RUSAGE_SELF)
     until = int(used.ru_utime + used.ru_stime + seconds) + 1
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    if hard != resource.RLIM_INFINITY:
+        until = min(until, hard)
     resource.setrlimit(resource.RLIMIT_CPU, (until, hard))
 
 
 def serve(module: str, folder: Path, pipe: Connection) -> None:
     """In the other process: make the object, then answer calls until nobody asks."""
+    signal.signal(signal.SIGXCPU, signal.SIG_DFL)
     opener = importlib.import_module(module).open_folder
     paths = [folder / name for name in FILES]
     size = sum(path.stat().st_size for path in paths if path.is_file())

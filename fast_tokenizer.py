@@ -37,8 +37,8 @@ _FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 #: are 2 million, and of one.
 FILE_BYTES = 50_000_000
 _PART_BYTES = 1 << 22
-_TOKENS_BYTES = 1 << 23
-_TOKEN_BYTES = 1 << 10
+_TOKENS_BYTES = 3_000_000
+_TOKEN_LENGTH = 1 << 10
 
 #: Regular expressions that are known to take linear time: T5's, and those of GPT-2,
 #: Llama 3 and Qwen 2.
@@ -63,10 +63,14 @@ _PRE_TOKENIZERS = {
     *("Punctuation", "UnicodeScripts", "Whitespace", "WhitespaceSplit"),
 }
 _DECODERS = {
-    *("BPEDecoder", "ByteFallback", "ByteLevel", "Fuse", "Metaspace", "Strip"),
+    *("ByteFallback", "ByteLevel", "Fuse", "Metaspace", "Strip"),
     "WordPiece",
 }
 _POST_PROCESSORS = {"BertProcessing", "ByteLevel", "RobertaProcessing"}
+#: What a sequence has one of at most.
+_ONCE = {"Precompiled", "TemplateProcessing"}
+#: Parts that make one character several: eighteen at most, and ByteLevel two or more.
+_GROWING = {"BertNormalizer", "ByteLevel", "NFD", "NFKC", "NFKD", "Precompiled"}
 #: Parts of a sequence; tokens in a template, and ids of one of them.
 _PARTS = 16
 _TOKENS = 64
@@ -82,10 +86,15 @@ class _Model(Struct):
     max_input_chars_per_word: int = 100
 
 
+class _Added(Struct):
+    content: str
+
+
 class _File(Struct):
     """What is read of a tokenizer.json to judge it."""
 
     model: _Model
+    added_tokens: list[_Added] | None = None
     normalizer: Raw = Raw(b"null")
     pre_tokenizer: Raw = Raw(b"null")
     post_processor: Raw = Raw(b"null")
@@ -119,16 +128,35 @@ def _is_plain(parts: _File) -> bool:
         and _is_known(parts.post_processor, "processors", _is_plain_post_processor)
         and _is_known(parts.decoder, "decoders", _is_plain_decoder)
         and 0 <= parts.model.max_input_chars_per_word <= _WORD
-        and _are_short(parts.model.vocab)
+        and _are_short(_tokens(parts.model.vocab))
+        and _are_short([added.content for added in parts.added_tokens or ()])
+        and _growing(parts) <= 2
     )
 
 
-def _are_short(vocabulary: Any) -> bool:
-    """Whether tokens are of sane length; the library has a node for each byte."""
+def _tokens(vocabulary: Any) -> list[str]:
     listed = isinstance(vocabulary, list)
-    tokens = [entry[0] for entry in vocabulary] if listed else list(vocabulary)
+    return [entry[0] for entry in vocabulary] if listed else list(vocabulary)
+
+
+def _are_short(tokens: list[str]) -> bool:
+    """Whether tokens are of sane length: the library has 350 bytes for each byte."""
     longest = max(map(len, tokens), default=0)
-    return longest <= _TOKEN_BYTES and sum(map(len, tokens)) <= _TOKENS_BYTES
+    whole = len("".join(tokens).encode("utf-8", "surrogatepass"))
+    return longest <= _TOKEN_LENGTH and whole <= _TOKENS_BYTES
+
+
+def _growing(parts: _File) -> int:
+    """How many parts may make a text longer, each what the one before left."""
+    found = 0
+    for raw, inside in (
+        (parts.normalizer, "normalizers"),
+        (parts.pre_tokenizer, "pretokenizers"),
+    ):
+        part = msgspec.json.decode(raw) or {}
+        each = part.get(inside, ()) if _kind(part) == "Sequence" else [part]
+        found += sum(_kind(one) in _GROWING for one in each)
+    return found
 
 
 def _is_known(raw: Raw, inside: str, judge: Any) -> bool:
@@ -140,19 +168,25 @@ def _is_known(raw: Raw, inside: str, judge: Any) -> bool:
         return True
     if not isinstance(part, dict):
         return False
-    if part.get("type") != "Sequence":
+    if _kind(part) != "Sequence":
         return judge(part)
     parts = part.get(inside)
     return (
         isinstance(parts, list)
         and len(parts) <= _PARTS
         and all(isinstance(each, dict) and judge(each) for each in parts)
-        and sum(each.get("type") == "Precompiled" for each in parts) <= 1
+        and sum(_kind(each) in _ONCE for each in parts) <= 1
     )
 
 
+def _kind(part: Any) -> str:
+    """What a part says it is, if that is a word."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    return kind if isinstance(kind, str) else ""
+
+
 def _is_plain_normalizer(part: dict[str, Any]) -> bool:
-    kind = part.get("type")
+    kind = _kind(part)
     if kind == "Precompiled":
         return _is_plain_table(part.get("precompiled_charsmap"))
     if kind == "Prepend":
@@ -177,32 +211,42 @@ def _is_plain_table(table: Any) -> bool:
 
 
 def _is_plain_pre_tokenizer(part: dict[str, Any]) -> bool:
-    if part.get("type") == "Split":
+    if _kind(part) == "Split":
         return _is_plain_pattern(part.get("pattern"))
-    return part.get("type") in _PRE_TOKENIZERS
+    return _kind(part) in _PRE_TOKENIZERS
 
 
 def _is_plain_post_processor(part: dict[str, Any]) -> bool:
-    if part.get("type") != "TemplateProcessing":
-        return part.get("type") in _POST_PROCESSORS
-    single, tokens = part.get("single"), part.get("special_tokens")
-    if not isinstance(single, list) or not isinstance(tokens, dict):
+    if _kind(part) != "TemplateProcessing":
+        return _kind(part) in _POST_PROCESSORS
+    tokens = part.get("special_tokens")
+    if not isinstance(tokens, dict):
         return False
+    for template in (part.get("single"), part.get("pair")):
+        if not isinstance(template, list) or len(template) > _TOKENS:
+            return False
+        texts = [
+            str(piece["Sequence"].get("id"))
+            for piece in template
+            if isinstance(piece, dict) and isinstance(piece.get("Sequence"), dict)
+        ]
+        if len(set(texts)) < len(texts):
+            return False
     ids = [token.get("ids") for token in tokens.values() if isinstance(token, dict)]
-    return len(single) <= _TOKENS and all(
-        isinstance(each, list) and len(each) <= _TOKENS for each in ids
-    )
+    return all(isinstance(each, list) and len(each) <= _TOKENS for each in ids)
 
 
 def _is_plain_decoder(part: dict[str, Any]) -> bool:
-    return part.get("type") in _DECODERS or _is_plain_replacement(part)
+    if _kind(part) == "BPEDecoder":
+        return bool(part.get("suffix"))  # an empty one is everywhere
+    return _kind(part) in _DECODERS or _is_plain_replacement(part)
 
 
 def _is_plain_replacement(part: dict[str, Any]) -> bool:
     """Whether it makes no text longer."""
     pattern, content = part.get("pattern"), part.get("content")
     return (
-        part.get("type") == "Replace"
+        _kind(part) == "Replace"
         and _is_plain_pattern(pattern)
         and isinstance(content, str)
         and len(content) <= max(1, len(pattern.get("String", "")))
@@ -257,10 +301,10 @@ class FastTokenizer:
         Raises:
             InputError: those files give a token another id than it would get.
         """
-        copy_files(self._folder, Path(folder), "spiece.model")
         found = self._ask(self._library.get_added_tokens_decoder).values()
         have = {token.content for token in found}
         files = TokenizerFiles.read(self._folder)
+        copy_files(self._folder, Path(folder), "spiece.model")
         missing = [token for token in files.added if token.content not in have]
         for token in missing:
             flags = {name: getattr(token, name) for name in _FLAGS}

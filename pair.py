@@ -33,8 +33,8 @@ from text import TextStream, Tokenizer
 
 LOOKUP = "prompt-lookup"  # a draft without a model
 
-#: Names of T5s on the hub.
-_T5S = re.compile(r"(^|[/_-])(u?m?t5|byt5|codet5p?|madlad400|aya-101|flan-ul2)\b", re.I)
+#: What the names of T5s on the hub begin with.
+_T5S = re.compile(r"(flan-)?(u?m?t5|byt5|codet5p?|madlad400|aya-101|ul2)\b", re.I)
 
 
 class DifferentTokenizersError(InputError):
@@ -281,7 +281,7 @@ def find(name: str) -> Path:
         with suppress(InputError, OSError):
             if not Path(name).is_dir():
                 # A T5 has to be converted, whatever the hub has to say after a while.
-                folder = None if _T5S.search(name) else fetch_causal(name)
+                folder = None if _T5S.match(Path(name).name) else fetch_causal(name)
             elif is_causal(Path(name)):
                 folder = Path(name)
         if folder is None:

@@ -35,15 +35,13 @@ MARK = "conversion.json"
 NAMES = {
     *("weights.npz", "config.json", "generation_config.json", "tokenizer.json"),
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("spiece.model", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja"),
+    *("spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "vocab.json"),
+    *("merges.txt", "vocab.txt", "chat_template.jinja"),
     *(MARK, f"{MARK}.new"),
 }
 
 #: Larger files are told by their size alone: hashing 23 GB of weights takes a minute.
 _HASHED_BYTES = 1 << 26
-
-#: What systems leave in any folder that somebody looks at.
-_NOBODYS = (".DS_Store",)
 
 
 class _File(Struct):
@@ -67,7 +65,7 @@ def check_replaceable(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise InputError(f"{folder} exists and is no folder: it stays as it is")
-    entries = sorted(path for path in folder.iterdir() if path.name not in _NOBODYS)
+    entries = sorted(path for path in folder.iterdir() if not _is_nobodys(path))
     if not entries:
         return
     if not (folder / MARK).is_file():
@@ -122,7 +120,8 @@ def replacing(output: Path) -> Iterator[Path]:
 
 def _complete(partial: Path) -> None:
     """Write the mark of a folder that is filled."""
-    files = sorted(path for path in partial.iterdir() if path.name != MARK)
+    paths = (path for path in partial.iterdir() if not _is_nobodys(path))
+    files = sorted(path for path in paths if path.name != MARK)
     odd = next((path.name for path in files if path.name not in NAMES), None)
     if odd:
         raise InputError(f"a conversion has no file {odd}")
@@ -135,15 +134,16 @@ def _swap(partial: Path, output: Path) -> None:
     if output.exists() and aside.exists():
         _clear(output)
     check_replaceable(output)
-    if output.exists():
+    replaced = output.exists()
+    if replaced:
         output.rename(aside)
     try:
         partial.rename(output)
     except BaseException:
-        if not output.exists() and aside.exists():
+        if replaced and not output.exists():
             aside.rename(output)
         raise
-    if aside.exists():
+    if replaced:
         aside.rename(partial)
 
 
@@ -165,7 +165,9 @@ def recover(output: Path) -> Path | None:
 def _recover(output: Path) -> Path | None:
     """Likewise, under the lock: nobody is between the two renames now."""
     aside = _aside(output)
-    if output.exists() or not (aside / MARK).is_file():
+    if output.exists():
+        return output  # while the lock was waited for, it got there
+    if not (aside / MARK).is_file():
         return None
     with suppress(InputError):
         check_replaceable(aside)  # somebody's own folder may have that name
@@ -231,7 +233,8 @@ def _delete(folder: Path) -> None:
         paths = list(folder.iterdir())
         if any(not stat.S_ISREG(path.lstat().st_mode) for path in paths):
             return
-        files = [p for p in paths if p.name not in (MARK, f"{MARK}.new", *_NOBODYS)]
+        ours = [path for path in paths if not _is_nobodys(path)]
+        files = [path for path in ours if path.name not in (MARK, f"{MARK}.new")]
         marked = (folder / MARK).is_file()
         known = _read_mark(folder).files if marked else {}
         for path in files:
@@ -242,6 +245,11 @@ def _delete(folder: Path) -> None:
         for path in sorted(paths, key=lambda path: path.name == MARK):
             path.unlink()
         folder.rmdir()
+
+
+def _is_nobodys(path: Path) -> bool:
+    """Whether macOS left it: in folders that somebody looks at, on foreign disks."""
+    return path.name == ".DS_Store" or path.name.startswith("._")
 
 
 @contextmanager

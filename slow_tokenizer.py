@@ -9,12 +9,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, T5Tokenizer
+from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from confined import FILES
 from errors import InputError
-from fast_tokenizer import FILE
 from files import is_file, require_files
 
 
@@ -61,8 +60,7 @@ class SlowTokenizer:
             raise InputError(f"the chat template fails: {error}") from None
 
     def save(self, folder: str) -> None:
-        """Write it into ``folder``: with a tokenizer.json wherever it has that form,
-        made from ``spiece.model`` where the checkpoint has that alone."""
+        """Write it into ``folder``."""
         self._tokenizer.save_pretrained(folder)
         # Further chat templates, of which a T5 has no use.
         for path in Path(folder).iterdir():
@@ -84,22 +82,12 @@ def _load(folder: Path) -> Any:
             f"{folder} has no tokenizer: name the folder of the model that it was made "
             f"from (convert.py --tokenizer)"
         )
-    # transformers 5 takes umT5's from a tokenizer.json alone.
-    classes = [AutoTokenizer]
-    if is_file(folder / "spiece.model") and not is_file(folder / FILE):
-        classes.append(T5Tokenizer)
-    for each in classes:
-        try:
-            tokenizer = each.from_pretrained(
-                str(folder), local_files_only=True, trust_remote_code=False
-            )
-        except Exception as error:  # damaged files make it raise anything
-            if each is classes[-1]:
-                raise InputError(
-                    f"{folder} has no tokenizer that loads: {error}"
-                ) from None
-        else:
-            break
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # damaged files make it raise anything
+        raise InputError(f"{folder} has no tokenizer that loads: {error}") from None
     # Without its files transformers makes up an empty one; ByT5's has none to miss.
     files = tokenizer.vocab_files_names.values()
     if files and not any(is_file(folder / file) for file in files):

@@ -33,6 +33,7 @@ COMPANIONS = (
     "spiece.model",
     "tokenizer.model",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
     "chat_template.jinja",
 )

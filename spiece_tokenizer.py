@@ -19,6 +19,10 @@ from tokenizer_files import AddedToken, TokenizerFiles, copy_files
 
 FILE = "spiece.model"
 
+#: Appended to a model (a protocol buffer), sets its normalizer_spec.add_dummy_prefix to
+#: false: what is there twice is merged.
+_NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
+
 
 class SpieceTokenizer:
     """The folder's spiece.model with its added tokens."""
@@ -32,12 +36,14 @@ class SpieceTokenizer:
         self._folder = folder
         try:
             with open_file(folder / FILE) as file:
-                self._pieces = SentencePieceProcessor(model_proto=file.read())
+                raw = file.read()
+            self._pieces = SentencePieceProcessor(model_proto=raw)
+            self._bare = SentencePieceProcessor(model_proto=raw + _NO_DUMMY_PREFIX)
         except (OSError, RuntimeError) as error:
             raise InputError(f"cannot read {folder / FILE}: {error}") from None
         if self._pieces.get_piece_size() < 1:
             raise InputError(f"{folder / FILE} has no pieces")
-        files = TokenizerFiles.read(folder, implied="T5Tokenizer")
+        files = TokenizerFiles.read(folder, implied="T5Tokenizer", slow=True)
         self._legacy = files.legacy
         self._added = self._with_ids(files.added)
         self._contents = {token.id: token.content for token in self._added.values()}
@@ -110,13 +116,10 @@ class SpieceTokenizer:
         return ids
 
     def _encode(self, text: str, begins: bool) -> list[int]:
-        """A piece of text; unless it ``begins`` one, without the space that is put
-        before the first word."""
-        if begins:
-            return self._pieces.encode(text)
-        unknown = self._pieces.id_to_piece(self._pieces.unk_id())
-        before = len(self._pieces.encode(unknown))
-        return self._pieces.encode(unknown + text)[before:]
+        """A piece of text; unless it ``begins`` one, or with a space, without the space
+        that is put before the first word."""
+        spaced = begins or text.startswith((" ", "\u2581"))
+        return (self._pieces if spaced else self._bare).encode(text)
 
     def _parts(self, text: str) -> list[str | AddedToken]:
         """The text, split at its added tokens."""
@@ -136,17 +139,18 @@ class SpieceTokenizer:
         return _joined(parts)
 
     def decode(self, tokens: list[int], skip_special: bool) -> str:
-        """Text of token ids, with or without special tokens."""
+        """Text of token ids, with or without special tokens, spaces around those that
+        are shown: as transformers 4's T5Tokenizer has it."""
         if skip_special:
             tokens = [token for token in tokens if token not in self._special]
-        text = ""
+        parts: list[str] = []
         for added, run in groupby(tokens, lambda token: token in self._contents):
             if added:
-                text += "".join(self._contents[token] for token in run)
+                parts += [self._contents[token] for token in run]
             else:
                 known = range(self._pieces.get_piece_size())
-                text += self._pieces.decode([token for token in run if token in known])
-        return text
+                parts.append(self._pieces.decode([t for t in run if t in known]))
+        return " ".join(part for part in parts if part)
 
     def save(self, folder: str) -> None:
         """Copy its files into ``folder``, as they are."""

@@ -5,6 +5,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from confined import Confined
 from errors import InputError
 from fast_tokenizer import FILE, MERGES, VOCABULARY, FastTokenizer, is_plain
@@ -78,7 +80,10 @@ class Tokenizer:
 
     def gaps(self, size: int) -> list[int]:
         """The ids below ``size`` that stand for no token."""
-        return sorted(set(range(size)).difference(self.ids.values()))
+        taken = np.zeros(size, bool)
+        ids = np.fromiter(self.ids.values(), np.int64, len(self.ids))
+        taken[ids[ids < size]] = True
+        return np.flatnonzero(~taken).tolist()
 
     def same_ids(self, other: "Tokenizer") -> bool:
         """Whether both give every id to the same token."""

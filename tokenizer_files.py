@@ -33,7 +33,7 @@ _ROLES = (
 _OTHERS = ("additional_special_tokens", "extra_special_tokens")
 
 #: Tokenizers that have T5's sentinels, and these tokens, though no file says so.
-_IMPLIES = ("T5Tokenizer", "T5TokenizerFast")
+_IMPLIES = ("T5Tokenizer", "T5TokenizerFast", "MT5Tokenizer", "MT5TokenizerFast")
 _SENTINELS = 100
 _T5 = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 
@@ -101,11 +101,15 @@ class TokenizerFiles:
     add_prefix_space: bool
 
     @classmethod
-    def read(cls, folder: Path, implied: str = "") -> "TokenizerFiles":
+    def read(
+        cls, folder: Path, implied: str = "", slow: bool = False
+    ) -> "TokenizerFiles":
         """Read them.
 
         Args:
             implied: the class where none is named.
+            slow: as T5Tokenizer, whose sentinels take the spaces around them along
+                where no file says else; T5TokenizerFast's do not.
 
         Raises:
             InputError: a file is no JSON, or a field is of another kind.
@@ -113,7 +117,9 @@ class TokenizerFiles:
         values = read_json(folder / CONFIG, optional=True)
         config = typed(values, _Config, str(folder / CONFIG))
         kind = config.tokenizer_class or implied
-        special = read_json(folder / SPECIAL, optional=True)
+        # Since there is added_tokens_decoder, the older file is not looked at.
+        older = config.added_tokens_decoder is None
+        special = read_json(folder / SPECIAL, optional=True) if older else {}
         roles: dict[str, _Token] = {}
         if kind in _IMPLIES:
             roles = {role: _Token(name) for role, name in _T5.items()}
@@ -129,8 +135,10 @@ class TokenizerFiles:
         sentinels = [name for name in known if "<extra_id_" in name]
         count = _SENTINELS if config.extra_ids is None else config.extra_ids
         if kind in _IMPLIES and not sentinels:
-            for number in range(count):
-                name = f"<extra_id_{number}>"
+            sentinels = [f"<extra_id_{number}>" for number in range(count)]
+            known |= {name: _Token(name) for name in sentinels}
+        for name in sentinels if slow and kind in _IMPLIES else ():
+            if known[name].normalized is None:
                 known[name] = _Token(name, lstrip=True, rstrip=True, normalized=False)
         named = {token.content: token for token in roles.values()} | known
         return cls(

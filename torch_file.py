@@ -171,8 +171,9 @@ def _read_legacy(mapped: mmap.mmap) -> tuple[Any, dict[str, int]]:
     places = {}
     for key in keys:
         (size,) = struct.unpack_from("<q", mapped, at)
-        # One that no tensor needs is as long as it says, in elements that none names.
-        if key not in storages or size != storages[key].size:
+        if key not in storages:
+            raise RefusedError("holds more than a model: the state of a training")
+        if size != storages[key].size:
             raise ValueError(f"storage {key} has not the size that its tensors say")
         places[key] = at + 8
         at = places[key] + size * _width(storages[key])

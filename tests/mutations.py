@@ -17,6 +17,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -212,7 +213,7 @@ def edit_json(rng: Random, value: Any) -> None:
         into += into[key : key + 3]
     elif edit == 2:
         other, its = rng.choice(where)
-        into[key] = json.loads(dump(other[its]))
+        into[key] = deepcopy(other[its])
     else:
         into[key] = odd(rng)
 

@@ -428,6 +428,10 @@ def tokenizer_with(folder: Path, **parts) -> Path:
 REPLACE = {"type": "Replace", "pattern": {"String": "a"}}
 
 
+ADDED = {"id": 96, "content": "x", "special": False, "normalized": False}
+ADDED |= dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+
+
 def replace(regex: str, content: str) -> dict:
     return {"type": "Replace", "pattern": {"Regex": regex}, "content": content}
 
@@ -456,6 +460,10 @@ def template(tokens: int, ids: int) -> dict:
     }
 
 
+TEXT = {"Sequence": {"id": "A", "type_id": 0}}
+PROCESSORS = [template(2, 1), template(2, 1)]
+
+
 @pytest.mark.parametrize(
     "parts, plain",
     [
@@ -479,6 +487,16 @@ def template(tokens: int, ids: int) -> dict:
         ({"normalizer": several(table("AAAA"), table("AAAA"))}, False),
         ({"normalizer": several(several())}, False),
         ({"normalizer": {"type": "Unheard"}}, False),
+        ({"normalizer": {"type": ["NFC"]}}, False),
+        ({"normalizer": several({"type": {}})}, False),
+        ({"normalizer": several({"type": "NFKC"}, {"type": "NFKD"})}, True),
+        ({"normalizer": several(*[{"type": "ByteLevel"}] * 3)}, False),
+        ({"decoder": {"type": "BPEDecoder", "suffix": ""}}, False),
+        ({"decoder": {"type": "BPEDecoder", "suffix": "</w>"}}, True),
+        ({"decoder": {"type": {}}}, False),
+        ({"pre_tokenizer": {"type": []}}, False),
+        ({"added_tokens": [ADDED | {"content": "x" * 2000}]}, False),
+        ({"added_tokens": [{"content": 3}]}, None),
         ({"normalizer": [3]}, False),
         ({"pre_tokenizer": SPLIT | {"pattern": {"Regex": r"\s+"}}}, True),
         ({"pre_tokenizer": SPLIT | {"pattern": {"Regex": r"(\w+\s?)+$"}}}, False),
@@ -486,6 +504,8 @@ def template(tokens: int, ids: int) -> dict:
         ({"post_processor": template(2, 64)}, True),
         ({"post_processor": template(65, 1)}, False),
         ({"post_processor": template(2, 65)}, False),
+        ({"post_processor": template(2, 1) | {"pair": [TEXT, TEXT]}}, False),
+        ({"post_processor": {"type": "Sequence", "processors": PROCESSORS}}, False),
         ({"post_processor": {"type": "Unheard"}}, False),
         ({"decoder": {"type": "CTC"}}, False),
         ({"decoder": REPLACE | {"content": "b" * 9}}, False),
@@ -494,7 +514,12 @@ def template(tokens: int, ids: int) -> dict:
 )
 def test_parts_that_are_known(tmp_path, parts, plain):
     """Only what takes time and memory in proportion to a text runs in this process."""
-    assert is_plain(tokenizer_with(tmp_path, **parts)) == plain
+    folder = tokenizer_with(tmp_path, **parts)
+    if plain is None:
+        with pytest.raises(InputError, match="cannot read"):
+            is_plain(folder)
+    else:
+        assert is_plain(folder) == plain
 
 
 def test_published_tokenizers_are_plain(make):

@@ -43,6 +43,9 @@ TEXTS = st.text(
 )
 
 
+FLAGS = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+
+
 def train(folder: Path, **options) -> sentencepiece.SentencePieceProcessor:
     """A small model, in ``folder/spiece.model``; SentencePiece's own reading of it."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -154,7 +157,15 @@ def test_sentinels(tmp_path):
         assert ours.encode(text) == [*cat, size + 92, *sat, 1]
     assert ours.decode([*cat, size + 92, *sat, 1], True) == "the cat sat on"
     shown = ours.decode([*cat, size + 92, *sat], False)
-    assert shown == "the cat<extra_id_7>sat on"
+    assert shown == "the cat <extra_id_7> sat on"
+    brace = {"content": "{", "special": False, **FLAGS}
+    close = brace | {"content": "}"}
+    decoder = {str(size): brace, str(size + 1): close}
+    configure(tmp_path, added_tokens_decoder=decoder)
+    braces = SpieceTokenizer(tmp_path)
+    text = "the { cat } sat"
+    assert braces.decode(braces.encode(text), True) == text
+    assert stream(lambda run: braces.decode(run, True), braces.encode(text)) == text
     assert ours.encode("the cat</s>") == [*cat, 1]
     assert ours.encode("") == [1]
 
@@ -171,7 +182,39 @@ def test_text_after_a_special_token(tmp_path):
         assert pieces[0].startswith("▁") == begins, pieces
 
 
-FLAGS = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+def test_text_that_begins_where_a_token_ends(tmp_path):
+    """Without legacy, what follows a special token is read as it stands: no piece
+    reaches into it, and none is lost."""
+    pieces = [">>", "k>>", "y", "▁y", ">"]
+    train(tmp_path, user_defined_symbols=pieces)
+    configure(tmp_path, extra_ids=100, legacy=False)
+    ours = SpieceTokenizer(tmp_path)
+    ids = ours.ids()
+    sentinel = ids["<extra_id_0>"]
+    assert ours.encode("<extra_id_0>>y") == [sentinel, ids[">"], ids["y"], 1]
+    assert ours.encode("<extra_id_0>y")[:2] == [sentinel, ids["y"]]
+
+
+@pytest.mark.parametrize("kind", ["MT5Tokenizer", "T5TokenizerFast", None])
+def test_other_names_of_t5s_tokenizer(tmp_path, kind):
+    train(tmp_path)
+    settings = {"extra_ids": 0} | ({"tokenizer_class": kind} if kind else {})
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    ours = SpieceTokenizer(tmp_path)
+    assert ours.encode("the cat</s>") == ours.encode("the cat")
+    assert ours.decode([0, *ours.encode("the cat")], True) == "the cat"
+
+
+def test_a_map_that_is_out_of_date(tmp_path):
+    """Since tokens are in tokenizer_config.json, the older file is not read."""
+    train(tmp_path)
+    token = {"content": "</s>", "special": True, **FLAGS}
+    configure(tmp_path, added_tokens_decoder={"1": token})
+    stale = json.dumps({"eos_token": "<eos>"})
+    (tmp_path / "special_tokens_map.json").write_text(stale)
+    ours = SpieceTokenizer(tmp_path)
+    assert ours.encode("the cat")[-1] == 1
+    assert "<eos>" not in ours.ids()
 
 
 @pytest.mark.parametrize("where", ["decoder", "map", "names", "newer", "added"])
@@ -198,7 +241,7 @@ def test_added_tokens_of_every_generation(tmp_path, where):
     assert ours.ids()["<sep>"] == size
     ids = ours.encode("the cat <sep>sat")
     assert ids == [*theirs.encode("the cat"), size, *theirs.encode("sat"), 1]
-    hidden = "the cat sat" if where != "added" else "the cat<sep>sat"
+    hidden = "the cat sat" if where != "added" else "the cat <sep> sat"
     assert ours.decode(ids, True) == hidden
 
 
