@@ -80,7 +80,9 @@ Size = Annotated[int, Meta(ge=1, le=1 << 24)]
 Layers = Annotated[int, Meta(ge=1, le=1000)]
 Buckets = Annotated[int, Meta(ge=1, le=1 << 16)]
 Distance = Annotated[int, Meta(ge=1, le=1 << 30)]
-Epsilon = Annotated[float, Meta(gt=0, le=1)]
+# Not gt=0: that is compared with the smallest number there is, which equals 0 where a
+# library has told the processor to take such numbers for it.
+Epsilon = Annotated[float, Meta(ge=1e-30, le=1)]
 Id = Annotated[int, Meta(ge=-1, lt=1 << 31)]  # -1: none, in some older files
 
 
