@@ -10,8 +10,8 @@ is opened takes their number, and gets what is meant for a person.
 Not for a module that others import, and importing next to nothing itself.
 """
 
+import _signal as signal  # the module around it imports others, for 10 ms
 import os
-import signal
 import sys
 
 
