@@ -16,7 +16,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
 from checkpoint import CONFIG, GENERATION_CONFIG
-from config import Special, find_size
+from config import Special, find_size, with_text
 from errors import InputError
 from files import read_json, typed
 from model import check_prompts, check_rewind, prepare_memory
@@ -121,24 +121,26 @@ def require_weights(config: dict[str, Any], folder: Path) -> None:
             )
     read_json(folder / "hf_quant_config.json", optional=True)  # mlx-lm reads it, too
     filled = sum(tensor.bits.size > 0 for tensor in tensors.values())
-    inner = config.get("text_config")
-    for values in (config, inner if isinstance(inner, dict) else {}):
+    for values in with_text(config):
         for name, value in values.items():
-            most = min(filled // 2, 1000) if name in _LAYERS else _MOST
-            words = ("num_", "layers", "expert")
-            counts = name in _LAYERS or any(word in name for word in words)
-            if name.endswith(("_size", "_dim")):
-                counts, most = True, 1 << 24
-            if counts and not _is_count(value, most):
+            most = _most(name, filled)
+            number = isinstance(value, int | float)
+            if most is not None and number and not value <= most:
                 raise InputError(
                     f"{folder / CONFIG} does not fit the weights: its {name} is over "
                     f"{most}, and they are {filled} tensors"
                 )
 
 
-def _is_count(value: Any, most: int) -> bool:
-    """Whether it is no number that counts something, or not more than ``most``."""
-    return not isinstance(value, int | float) or value <= most
+def _most(name: str, tensors: int) -> int | None:
+    """The most that a number of this name may be, with so many tensors; None for one
+    that counts nothing."""
+    if name.endswith(("_size", "_dim")):
+        return 1 << 24
+    if name in _LAYERS:
+        return min(tensors // 2, 1000)
+    counts = any(word in name for word in ("num_", "layers", "expert"))
+    return _MOST if counts else None
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
@@ -200,15 +202,23 @@ def eos_tokens(folder: Path) -> frozenset[int]:
     return frozenset(found)
 
 
-def positions(folder: Path) -> int | None:
-    """How many positions the model was trained with; None where that is not said.
+def positions(folder: Path, model: nn.Module) -> int | None:
+    """How many positions the model takes: those that it was trained with, and has an
+    embedding for where they are not computed; None where nothing says.
 
     Raises:
-        InputError: it is said, and no number.
+        InputError: the config says it, and no number.
     """
     config = read_json(folder / CONFIG)
-    found = find_size(config, "n_positions", "max_position_embeddings")
-    return None if found is None else min(found, np.iinfo(np.int32).max)
+    said = find_size(config, "n_positions", "max_position_embeddings")
+    learned = [
+        weight.shape[0]
+        for name, weight in tree_flatten(model.parameters())
+        if name.endswith(("wpe.weight", "embed_positions.weight"))
+    ]
+    if said is not None:
+        learned.append(min(said, np.iinfo(np.int32).max))
+    return min(learned, default=None)
 
 
 def rows(model: nn.Module) -> int:
@@ -221,18 +231,6 @@ def rows(model: nn.Module) -> int:
         return model(mx.array([[0]])).shape[-1]  # lazy: nothing is computed
     except Exception as error:  # of any kind, for whatever a config may say
         raise InputError(f"mlx-lm cannot run this model: {error}") from None
-
-
-def learned_positions(model: nn.Module) -> int | None:
-    """How many positions have an embedding; None where they are computed."""
-    return min(
-        (
-            weight.shape[0]
-            for name, weight in tree_flatten(model.parameters())
-            if name.endswith(("wpe.weight", "embed_positions.weight"))
-        ),
-        default=None,
-    )
 
 
 class CausalSession:

@@ -174,10 +174,9 @@ class T5Config:
                 f"model_type '{kind}' is another architecture: of encoder-decoders "
                 f"{', '.join(FAMILY)} are supported"
             )
-        other = {
-            ours: config[name] for name, ours in _ALIASES.items() if name in config
-        }
-        fields = typed({**other, **config}, _Fields, "the config")
+        names = {ours: theirs for theirs, ours in _ALIASES.items() if theirs in config}
+        aliased = {ours: config[theirs] for ours, theirs in names.items()}
+        fields = typed({**aliased, **config}, _Fields, "the config")
         said = typed(generation, Special, "the generation config")
         activation, gated = _feed_forward(kind, fields)
 
@@ -264,14 +263,19 @@ class T5Config:
                 )
 
 
+def with_text(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """A config, and its part about the text model if it has one."""
+    inner = config.get("text_config")
+    return [config, inner] if isinstance(inner, dict) else [config]
+
+
 def find_size(config: Mapping[str, Any], *names: str) -> int | None:
     """The first of these fields that a config has, or its part about the text model.
 
     Raises:
         InputError: it is there, and no positive number.
     """
-    inner = config.get("text_config")
-    for values in (config, inner if isinstance(inner, dict) else {}):
+    for values in with_text(config):
         for name in names:
             value = values.get(name)
             if value is not None:

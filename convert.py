@@ -104,11 +104,11 @@ def recipe(
 
 
 def plan(config: Any, tensors: "Mapping[str, Tensor]") -> "dict[str, list[Tensor]]":
-    """The source tensors of each of ours, every one of the checkpoint accounted for.
+    """The source tensors of each of ours.
 
     Raises:
-        InputError: a tensor is missing, has another shape than the config says, or has
-            no place in T5.
+        InputError: a tensor is missing, or has another shape than the config says; or
+            they are no T5 that writes text.
     """
     from model import T5, parameter_shapes
 
@@ -143,17 +143,24 @@ def plan(config: Any, tensors: "Mapping[str, Tensor]") -> "dict[str, list[Tensor
     return steps
 
 
-def unused(config: Any, tensors: "Mapping[str, Tensor]") -> list[str]:
+def unused(
+    steps: "Mapping[str, list[Tensor]]", tensors: "Mapping[str, Tensor]"
+) -> list[str]:
     """The tensors that a T5 has no place for and that change nothing.
+
+    Args:
+        steps: what :func:`plan` made of ``tensors``.
 
     Raises:
         InputError: one of them may change what the model writes.
     """
-    embedding = next((name for name in EMBEDDINGS if name in tensors), EMBEDDINGS[0])
-    names = recipe(config, _is_tied(tensors, embedding), embedding)
-    used = {name for theirs in names.values() for name in theirs}
-    known = {*used, *EMBEDDINGS, UNUSED, "lm_head.weight"}
-    left = [name for name in tensors if name not in known]
+    used = {id(part) for parts in steps.values() for part in parts}
+    copies = {*EMBEDDINGS, UNUSED, "lm_head.weight"}
+    left = [
+        name
+        for name, tensor in tensors.items()
+        if id(tensor) not in used and name not in copies
+    ]
     for name in left:
         value_head = name.startswith(VALUE_HEADS)
         if not (value_head or _is_buffer(tensors[name]) or _is_zero(tensors[name])):
@@ -241,15 +248,15 @@ def _are_equal(head: "Tensor", shared: "Tensor") -> bool:
     if head.dtype != shared.dtype:  # of files that were saved differently
         rows = [*map(_wide, (head, shared))]
         return np.array_equal(*rows, equal_nan=True)
-    # A thousand rows at a time: mT5's largest would take a gigabyte at once.
+    # A thousand rows at a time: mT5's largest would take a gigabyte at once. By their
+    # bits, of which even what is no number has some.
     rows = head.shape[0] if head.shape else 0
-    parts = [slice(start, start + 1024) for start in range(0, rows, 1024)]
-    return all(
-        np.array_equal(head.bits[part].view("u1"), shared.bits[part].view("u1"))
-        if head.bits.flags.c_contiguous and shared.bits.flags.c_contiguous
-        else np.array_equal(head.bits[part], shared.bits[part])
-        for part in parts
-    )
+    for start in range(0, rows, 1024):
+        part = slice(start, start + 1024)
+        bits = [np.ascontiguousarray(each.bits[part]) for each in (head, shared)]
+        if not np.array_equal(*(each.view("u1") for each in bits)):
+            return False
+    return True
 
 
 def _wide(tensor: "Tensor") -> Any:
@@ -344,16 +351,15 @@ def convert(
             f"--output"
         )
     tensors = by_t5s_names(open_checkpoint(source))
-    config = T5Config.read(source)
-    steps = plan(config, tensors)
-    _say_what_is_odd(read_json(source / CONFIG), unused(config, tensors), steps)
+    steps = plan(T5Config.read(source), tensors)
+    values = read_json(source / CONFIG)
+    _say_what_is_odd(values, unused(steps, tensors), steps)
     storage = Storage(choose_dtype(dtype, tensors), quantization)
     try:
         with replacing(output) as folder:
             save_tokenizer(tokenizer or source, folder)
             if is_file(source / GENERATION_CONFIG):
                 shutil.copyfile(source / GENERATION_CONFIG, folder / GENERATION_CONFIG)
-            values = read_json(source / CONFIG)
             values.pop("quantization", None)
             if quantization:
                 values["quantization"] = asdict(quantization)
@@ -481,7 +487,8 @@ def save_tokenizer(source: Path, folder: Path) -> None:
     from confined import Confined
     from fast_tokenizer import FILE
     from files import is_file
-    from text import SPIECE, Tokenizer, reader_of
+    from text import Tokenizer, reader_of
+    from tokenizer_files import SPIECE
 
     reader = Confined(reader_of(source), source)
     reader.call("save", str(folder.resolve()))

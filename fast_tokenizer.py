@@ -23,7 +23,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 
 from errors import InputError
 from files import is_file, open_file
-from tokenizer_files import TokenizerFiles, copy_files
+from tokenizer_files import SPIECE, TokenizerFiles, copy_files
 
 FILE = "tokenizer.json"
 VOCABULARY, MERGES = "vocab.json", "merges.txt"
@@ -32,9 +32,9 @@ VOCABULARY, MERGES = "vocab.json", "merges.txt"
 _ROBERTA = ("sep_token", "</s>"), ("cls_token", "<s>")
 _FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 
-#: Bytes of a tokenizer.json, Gemma's has 35 million; of each of its other parts, the
+#: Bytes of a tokenizer.json, Gemma's has 35 million; of each part but its tokens, the
 #: largest is T5's table of characters with 0.4 million; of all tokens together, mT5's
-#: are 2 million, and of one.
+#: are 2 million. And characters of one token.
 FILE_BYTES = 50_000_000
 _PART_BYTES = 1 << 22
 _TOKENS_BYTES = 3_000_000
@@ -62,10 +62,7 @@ _PRE_TOKENIZERS = {
     *("BertPreTokenizer", "ByteLevel", "CharDelimiterSplit", "Digits", "Metaspace"),
     *("Punctuation", "UnicodeScripts", "Whitespace", "WhitespaceSplit"),
 }
-_DECODERS = {
-    *("ByteFallback", "ByteLevel", "Fuse", "Metaspace", "Strip"),
-    "WordPiece",
-}
+_DECODERS = {"ByteFallback", "ByteLevel", "Fuse", "Metaspace", "Strip", "WordPiece"}
 _POST_PROCESSORS = {"BertProcessing", "ByteLevel", "RobertaProcessing"}
 #: What a sequence has one of at most.
 _ONCE = {"Precompiled", "TemplateProcessing"}
@@ -304,7 +301,7 @@ class FastTokenizer:
         found = self._ask(self._library.get_added_tokens_decoder).values()
         have = {token.content for token in found}
         files = TokenizerFiles.read(self._folder)
-        copy_files(self._folder, Path(folder), "spiece.model")
+        copy_files(self._folder, Path(folder), SPIECE)
         missing = [token for token in files.added if token.content not in have]
         for token in missing:
             flags = {name: getattr(token, name) for name in _FLAGS}
@@ -360,7 +357,8 @@ _muting = threading.Lock()
 def _muted() -> Iterator[None]:
     """Nothing goes to the process's stderr: a panic of Rust's prints a page there."""
     with _muting:
-        sys.stderr.flush()
+        if sys.stderr is not None:
+            sys.stderr.flush()
         try:
             kept = os.dup(2)
         except OSError:  # there is none

@@ -320,15 +320,15 @@ def _session(folder: Path, tokenizer: Tokenizer, vocabulary: int) -> Session:
     import causal  # mlx-lm takes a second to import
 
     model = causal.load(folder)
-    if vocabulary > causal.rows(model):
+    rows = causal.rows(model)
+    if vocabulary > rows:
         raise InputError(
             f"{folder / CONFIG} has a vocab_size that its weights have not: "
-            f"{vocabulary} ids, and {causal.rows(model)} rows"
+            f"{vocabulary} ids, and {rows} rows"
         )
     fast_blas.fit_threads(parameter_count(model))
     gaps = tokenizer.gaps(vocabulary)
-    learned, said = causal.learned_positions(model), causal.positions(folder)
-    positions = min((n for n in (learned, said) if n is not None), default=None)
+    positions = causal.positions(folder, model)
     return causal.CausalSession(model, vocabulary, gaps, positions)
 
 

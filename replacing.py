@@ -13,13 +13,11 @@ Locks are the kernel's (flock): they end with their process.
 """
 
 import fcntl
-import hashlib
 import json
 import os
 import re
 import shutil
 import stat
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -28,16 +26,13 @@ from msgspec import Struct
 
 from errors import InputError
 from files import read_json, typed
+from sources import COMPANIONS
 
 MARK = "conversion.json"
 
 #: All that a conversion may consist of: what is half made is known by these names.
 NAMES = {
-    *("weights.npz", "config.json", "generation_config.json", "tokenizer.json"),
-    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "vocab.json"),
-    *("merges.txt", "vocab.txt", "chat_template.jinja"),
-    *(MARK, f"{MARK}.new"),
+    *(*COMPANIONS, "sentencepiece.bpe.model", "weights.npz", MARK, f"{MARK}.new"),
 }
 
 #: Larger files are told by their size alone: hashing 23 GB of weights takes a minute.
@@ -150,7 +145,8 @@ def _swap(partial: Path, output: Path) -> None:
 def recover(output: Path) -> Path | None:
     """The earlier model of a replacement that was killed between its two renames.
 
-    Put back in its place where that can be; None where there is none.
+    Put back in its place where that can be, or where somebody has meanwhile put it;
+    None where there is none.
     """
     try:
         output = output.resolve()
@@ -185,6 +181,8 @@ def _aside(output: Path) -> Path:
 
 
 def _new_partial(output: Path) -> Path:
+    import tempfile  # main.py has no use for it
+
     prefix = f".{output.name}.partial-"
     return Path(tempfile.mkdtemp(prefix=prefix, dir=output.parent))
 
@@ -296,6 +294,8 @@ def _write_mark(folder: Path, mark: _Mark) -> None:
 
 
 def _describe(path: Path) -> _File:
+    import hashlib  # likewise
+
     size = path.stat().st_size
     if size > _HASHED_BYTES:
         return _File(size, None)

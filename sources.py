@@ -7,7 +7,7 @@ tensor costs memory while it is read.
 import math
 import mmap
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -147,28 +147,20 @@ def open_checkpoint(folder: Path) -> dict[str, Tensor]:
     if not folder.is_dir():
         raise InputError(f"no checkpoint folder {folder}")
     require_files(folder)
-    for (single, index), read in ((SAFETENSORS, _read_safetensors), (TORCH, _read_bin)):
-        if is_file(folder / single):
-            return read(folder / single)
-        if is_file(folder / index):
-            return _read_shards(folder, folder / index, read)
-    if is_file(folder / "adapter_config.json"):
-        raise InputError(f"{folder} {ADAPTER}")
-    names = ", ".join((*SAFETENSORS, *TORCH))
-    raise InputError(f"{folder} holds no weights: none of {names}")
-
-
-def _read_shards(
-    folder: Path, index: Path, read: Callable[[Path], dict[str, Tensor]]
-) -> dict[str, Tensor]:
+    paths = weight_files(folder)
+    if not paths:
+        if is_file(folder / "adapter_config.json"):
+            raise InputError(f"{folder} {ADAPTER}")
+        names = ", ".join((*SAFETENSORS, *TORCH))
+        raise InputError(f"{folder} holds no weights: none of {names}")
+    safe = any(is_file(folder / name) for name in SAFETENSORS)
     tensors: dict[str, Tensor] = {}
     seen: set[tuple[int, int]] = set()
-    for shard in _shards(index):
-        path = folder / shard
-        found = read(path)
+    for path in paths:
+        found = (_read_safetensors if safe else _read_bin)(path)
         its = path.stat()
         if (its.st_dev, its.st_ino) in seen:
-            raise InputError(f"{index} names {shard}, a file that it has named before")
+            raise InputError(f"{path} is a file that its index has named before")
         seen.add((its.st_dev, its.st_ino))
         again = next((name for name in found if name in tensors), None)
         if again:
@@ -180,7 +172,7 @@ def _read_shards(
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that :func:`open_checkpoint` reads.
+    """The files that :func:`open_checkpoint` reads, safetensors before PyTorch's.
 
     Raises:
         InputError: an index is damaged, or names what is not in the folder.

@@ -7,6 +7,7 @@ is encoded by itself, and an end of sequence follows.
 """
 
 import re
+from dataclasses import replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -15,9 +16,7 @@ from sentencepiece import SentencePieceProcessor
 
 from errors import InputError
 from files import open_file, require_files
-from tokenizer_files import AddedToken, TokenizerFiles, copy_files
-
-FILE = "spiece.model"
+from tokenizer_files import SPIECE, AddedToken, TokenizerFiles, copy_files
 
 #: Appended to a model (a protocol buffer), sets its normalizer_spec.add_dummy_prefix to
 #: false: what is there twice is merged.
@@ -35,14 +34,14 @@ class SpieceTokenizer:
         require_files(folder)
         self._folder = folder
         try:
-            with open_file(folder / FILE) as file:
+            with open_file(folder / SPIECE) as file:
                 raw = file.read()
             self._pieces = SentencePieceProcessor(model_proto=raw)
             self._bare = SentencePieceProcessor(model_proto=raw + _NO_DUMMY_PREFIX)
         except (OSError, RuntimeError) as error:
-            raise InputError(f"cannot read {folder / FILE}: {error}") from None
+            raise InputError(f"cannot read {folder / SPIECE}: {error}") from None
         if self._pieces.get_piece_size() < 1:
-            raise InputError(f"{folder / FILE} has no pieces")
+            raise InputError(f"{folder / SPIECE} has no pieces")
         files = TokenizerFiles.read(folder, implied="T5Tokenizer", slow=True)
         self._legacy = files.legacy
         self._added = self._with_ids(files.added)
@@ -60,21 +59,13 @@ class SpieceTokenizer:
         free = max([last, *(t.id for t in added if t.id is not None)]) + 1
         for token in added:
             number = token.id
-            if number is None and self._piece(token.content) is not None:
+            if number is None:
                 number = self._piece(token.content)
-            elif number is None and token in sentinels:
+            if number is None and token in sentinels:
                 number = last - _number(token)
-            elif number is None:
+            if number is None:
                 number, free = free, free + 1
-            tokens[token.content] = AddedToken(
-                token.content,
-                number,
-                token.lstrip,
-                token.rstrip,
-                token.single_word,
-                token.normalized,
-                token.special,
-            )
+            tokens[token.content] = replace(token, id=number)
         return tokens
 
     def _piece(self, content: str) -> int | None:
@@ -154,7 +145,7 @@ class SpieceTokenizer:
 
     def save(self, folder: str) -> None:
         """Copy its files into ``folder``, as they are."""
-        copy_files(self._folder, Path(folder), FILE)
+        copy_files(self._folder, Path(folder), SPIECE)
 
 
 def open_folder(folder: Path) -> SpieceTokenizer:

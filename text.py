@@ -3,17 +3,17 @@
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from confined import Confined
 from errors import InputError
 from fast_tokenizer import FILE, MERGES, VOCABULARY, FastTokenizer, is_plain
 from files import is_file, require_files
-from tokenizer_files import TokenizerFiles
+from tokenizer_files import SPIECE, TokenizerFiles
 
-SPIECE = "spiece.model"
+if TYPE_CHECKING:
+    from confined import Confined
 
 #: What a decoder writes for bytes that are not (yet) a whole character.
 _BROKEN = "\ufffd"
@@ -62,7 +62,9 @@ class Tokenizer:
         return self._with_template.call("encode_chat", messages)
 
     @cached_property
-    def _with_template(self) -> Confined:
+    def _with_template(self) -> "Confined":
+        from confined import Confined
+
         return Confined("slow_tokenizer", self._folder)
 
     def decode(self, tokens: list[int]) -> str:
@@ -104,6 +106,8 @@ class _Elsewhere:
     """A tokenizer in a confined process."""
 
     def __init__(self, module: str, folder: Path):
+        from confined import Confined  # seldom needed, and it takes time to import
+
         self._process = Confined(module, folder)
 
     def __getattr__(self, method: str) -> Callable[..., Any]:

@@ -24,6 +24,7 @@ from files import is_file, read_json, typed
 CONFIG = "tokenizer_config.json"
 SPECIAL = "special_tokens_map.json"
 ADDED = "added_tokens.json"
+SPIECE = "spiece.model"
 
 #: What names a special token in either file; the others name several.
 _ROLES = (

@@ -6,7 +6,6 @@ wrote before (t5-11b's 45 GB of 2020 are one). What a pickle may say is decided 
 :mod:`torch_pickle`; here tensors get their place in the file.
 """
 
-import math
 import mmap
 import struct
 from pathlib import Path
@@ -41,7 +40,6 @@ _DTYPES = {
 #: and T5's embedding is in some checkpoints four times.
 _SHARING = 8
 
-
 #: Where Lightning, and others by habit, put a state dict.
 _INSIDE = ("state_dict", "model_state_dict", "model")
 
@@ -63,8 +61,7 @@ def read_torch(path: Path) -> dict[str, TorchTensor]:
         mapped = map_file(path)
         # What zipfile.is_zipfile looks for may stand anywhere in a legacy file.
         zipped = mapped[:4] == b"PK\x03\x04"
-        state, places = (_read_zip if zipped else _read_legacy)(mapped)
-        views = _named(state, _SHARING * len(mapped))
+        views, places = (_read_zip if zipped else _read_legacy)(mapped)
         return {name: _map(view, mapped, places) for name, view in views.items()}
     except FileNotFoundError:
         raise InputError(f"{path} is missing: the checkpoint is incomplete") from None
@@ -76,8 +73,8 @@ def read_torch(path: Path) -> dict[str, TorchTensor]:
         raise InputError(f"{path} is damaged ({error}): fetch it again") from None
 
 
-def _named(state: Any, limit: float = math.inf) -> dict[str, View]:
-    """The state dict, checked to be tensors by name, of ``limit`` bytes at most.
+def _named(state: Any, size: int) -> dict[str, View]:
+    """The state dict of a file of ``size`` bytes, checked to be tensors by name.
 
     Frameworks keep it inside another one, beside what training needs.
     """
@@ -92,7 +89,8 @@ def _named(state: Any, limit: float = math.inf) -> dict[str, View]:
                 f"holds {_a(value)} under '{name}', where a tensor belongs: it is no "
                 f"model, or the state of a training"
             )
-    if sum(view.size * _width(view.storage) for view in state.values()) > limit:
+    sizes = (view.size * _width(view.storage) for view in state.values())
+    if sum(sizes) > _SHARING * size:
         raise RefusedError("has tensors that are many times as large as the file")
     return state
 
@@ -125,8 +123,8 @@ def _map(view: View, mapped: mmap.mmap, places: dict[str, int]) -> TorchTensor:
     return TorchTensor(storage.dtype, bits)
 
 
-def _read_zip(mapped: mmap.mmap) -> tuple[Any, dict[str, int]]:
-    """The archive's data.pkl, and where its storages begin: members named data/KEY."""
+def _read_zip(mapped: mmap.mmap) -> tuple[dict[str, View], dict[str, int]]:
+    """The tensors of data.pkl, and where their storages begin: members data/KEY."""
     spans = member_spans(mapped)
     pickles = [name for name in spans if name.endswith("/data.pkl")]
     if len(pickles) != 1:
@@ -139,16 +137,16 @@ def _read_zip(mapped: mmap.mmap) -> tuple[Any, dict[str, int]]:
     state, end = torch_pickle.load(mapped, start)
     if end > start + length:
         raise ValueError("the pickle ends beyond its member")
-    places = {}
-    for view in _named(state).values():
+    views, places = _named(state, len(mapped)), {}
+    for view in views.values():
         key = view.storage.key
         places[key], length = spans[f"{folder}data/{key}"]
         if view.storage.size * _width(view.storage) > length:
             raise ValueError(f"storage {key} is shorter than its tensors")
-    return state, places
+    return views, places
 
 
-def _read_legacy(mapped: mmap.mmap) -> tuple[Any, dict[str, int]]:
+def _read_legacy(mapped: mmap.mmap) -> tuple[dict[str, View], dict[str, int]]:
     """Pickles in a row (magic, protocol, system, tensors, keys), then the storages."""
     try:
         magic, at = torch_pickle.load(mapped, 0, tensors=False)
@@ -163,8 +161,9 @@ def _read_legacy(mapped: mmap.mmap) -> tuple[Any, dict[str, int]]:
         raise RefusedError("is of a version or a machine that is not read here")
     state, at = torch_pickle.load(mapped, at)
     keys, at = torch_pickle.load(mapped, at, tensors=False)
-    storages = {view.storage.key: view.storage for view in _named(state).values()}
-    if any(view.storage != storages[view.storage.key] for view in state.values()):
+    views = _named(state, len(mapped))
+    storages = {view.storage.key: view.storage for view in views.values()}
+    if any(view.storage != storages[view.storage.key] for view in views.values()):
         raise ValueError("a storage is named with two sizes")
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         raise ValueError("the storages have no names")
@@ -177,4 +176,4 @@ def _read_legacy(mapped: mmap.mmap) -> tuple[Any, dict[str, int]]:
             raise ValueError(f"storage {key} has not the size that its tensors say")
         places[key] = at + 8
         at = places[key] + size * _width(storages[key])
-    return state, places
+    return views, places

@@ -804,24 +804,23 @@ def _zipped(rng: Random, parts: list[bytes], tensors: Any) -> bytes:
     return write_zip(rng, members, odd_end=rng.random() < 0.05)
 
 
-def make_torch_zip(rng: Random, folder: Path) -> None:
+def _make_torch(rng: Random, folder: Path, zipped: bool) -> None:
     path = folder / "pytorch_model.bin"
     if rng.random() < 0.3:
         return damage(rng, path)
     parts = pickled(weights())
     edit_pickle(rng, parts)
-    path.write_bytes(_zipped(rng, parts, weights()))
+    whole = _zipped(rng, parts, weights()) if zipped else legacy(parts, weights())
+    path.write_bytes(whole)
     return None
+
+
+def make_torch_zip(rng: Random, folder: Path) -> None:
+    _make_torch(rng, folder, zipped=True)
 
 
 def make_torch_legacy(rng: Random, folder: Path) -> None:
-    path = folder / "pytorch_model.bin"
-    if rng.random() < 0.3:
-        return damage(rng, path)
-    parts = pickled(weights())
-    edit_pickle(rng, parts)
-    path.write_bytes(legacy(parts, weights()))
-    return None
+    _make_torch(rng, folder, zipped=False)
 
 
 def make_pickle(rng: Random, folder: Path) -> None:

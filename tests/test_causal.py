@@ -252,7 +252,8 @@ def test_positions_end(saved, num_draft, reach):
     """No model reads a position that it does not have. Where the target's end, the text
     does; where the draft's do, the target goes on alone."""
     oracle, folder = saved("gpt2", positions=20)
-    target = session(folder, positions=causal.positions(folder))
+    positions = causal.positions(folder, causal.load(folder))
+    target = session(folder, positions=positions)
     draft = session(saved("gpt2", positions=20, noise=0.03)[1], positions=reach)
     fed = {20: [0], reach: [0]}
     for each in (target, draft):

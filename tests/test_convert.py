@@ -345,10 +345,12 @@ INSIDE = {
 
 
 @pytest.mark.parametrize("change", INSIDE.values(), ids=INSIDE)
-def test_a_state_dict_one_level_down(make, source, tmp_path, change):
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_a_state_dict_one_level_down(make, source, tmp_path, change, zipped):
     tensors = tensors_of(source)
     no_weights(source)
-    torch.save(change(tensors), source / "pytorch_model.bin")
+    path = source / "pytorch_model.bin"
+    torch.save(change(tensors), path, _use_new_zipfile_serialization=zipped)
     convert.convert(source, tmp_path / "mlx")
     again = (tmp_path / "mlx" / WEIGHTS).read_bytes()
     assert again == (make()[2] / WEIGHTS).read_bytes()

@@ -1,4 +1,4 @@
-"""Every reader takes some hundred hostile files, and the fuzzer sees each fault."""
+"""Every reader takes some dozens of hostile files; the fuzzer sees each fault."""
 
 import json
 import os
