@@ -153,6 +153,10 @@ def ctranslate2(pair: Pair, max_tokens: int, int8: bool = False) -> Baseline:
         from ctranslate2.converters import TransformersConverter
 
         reference = to_transformers(_t5(pair), pair.folder)
+        gaps = set(pair.tokenizer.gaps(pair.target.vocabulary))
+        _keep_rows(
+            reference, [t for t in range(pair.target.vocabulary) if t not in gaps]
+        )
     except ImportError as error:
         raise InputError(
             f"--baseline ctranslate2 needs ctranslate2 and torch: {error}"
@@ -186,6 +190,25 @@ def ctranslate2(pair: Pair, max_tokens: int, int8: bool = False) -> Baseline:
         return [pair.tokenizer.ids[name] for name in result.hypotheses[0]], None
 
     return Baseline(f"CTranslate2, {kind}", generate, threads="ctranslate2")
+
+
+def _keep_rows(reference: Any, ids: list[int]) -> None:
+    """Leave out the rows that no token stands for.
+
+    CTranslate2's converter numbers tokens by their order, and gives rows that are left
+    over names of its own making, some of which the tokenizer has for others.
+    """
+    import torch
+
+    kept: dict[int, Any] = {}  # tied ones stay tied
+    stacks = (reference.encoder, reference.decoder)
+    embeddings = [reference.shared, *(stack.embed_tokens for stack in stacks)]
+    for module in (*embeddings, reference.lm_head):
+        whole = module.weight
+        if id(whole) not in kept:
+            kept[id(whole)] = torch.nn.Parameter(whole.detach()[ids])
+        module.weight = kept[id(whole)]
+    reference.config.vocab_size = len(ids)
 
 
 def ctranslate2_int8(pair: Pair, max_tokens: int) -> Baseline:

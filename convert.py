@@ -603,6 +603,20 @@ def list_models(models: Path) -> Iterator[str]:
         )
 
 
+def say_defaults(folder: Path) -> None:
+    """Say what a model's makers ask of whoever generates with it."""
+    from config import T5Config
+    from defaults import Files
+
+    vocabulary = T5Config.read(folder).vocab_size
+    try:
+        lines = list(Files.read(folder).of("", 1, vocabulary).lines(applied=False))
+    except InputError as error:
+        lines = [f"what the model asks for when it generates is not known: {error}"]
+    for line in lines:
+        print(one_line(line), file=sys.stderr)
+
+
 def main() -> None:
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     arguments = parse_arguments()
@@ -627,6 +641,7 @@ def main() -> None:
     name = local.resolve().name if local.is_dir() else local.name
     output = arguments.output or MODELS / name
     convert(source, output, arguments.dtype, quantization, arguments.tokenizer)
+    say_defaults(output)
     print(f"converted into {output}", file=sys.stderr)
 
 

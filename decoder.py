@@ -192,6 +192,7 @@ def generate(
         sequences,
         target.vocabulary,
         eos_tokens=eos_tokens,
+        prompts=prompts,
         num_draft=num_draft,
         streams=streams,
     )

@@ -13,13 +13,13 @@ import json
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from errors import InputError, Parser, run
+from errors import InputError, Parser, one_line, run
 
 # What takes time to import is imported inside functions, so that Ctrl-C is clean from
 # the first moment on.
@@ -70,8 +70,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
         "--max-tokens",
         type=int,
         metavar="N",
-        default=MAX_TOKENS,
-        help="write at most N tokens (default: %(default)s)",
+        help=f"write at most N tokens (default: {MAX_TOKENS})",
     )
     add(
         "--num-draft",
@@ -101,6 +100,12 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
         action="store_true",
         help="then decode with the target alone too, and say how much longer it took",
     )
+    add(
+        "--task-defaults",
+        action="store_true",
+        help="apply what the model's files ask for: penalties, lengths, sampling, and "
+        "T5's own for prompts like 'summarize: ...'; flags that are given hold",
+    )
     add("--chat", action="store_true", help="apply the model's chat template")
     add(
         "--keep-special",
@@ -119,14 +124,14 @@ def _add_sampling(add: Callable[..., Any]) -> None:
 
     def option(name: str, kind: type, metavar: str, text: str) -> None:
         default = getattr(GREEDY, name.replace("-", "_"))
-        add(f"--{name}", type=kind, metavar=metavar, default=default, help=text)
+        add(f"--{name}", type=kind, metavar=metavar, help=text.format(default))
 
     option(
         "temperature",
         float,
         "T",
         "0 takes the most probable token; 1 samples the model's own distribution, less "
-        "is bolder (default: %(default)g)",
+        "is bolder (default: {:g})",
     )
     option("top-k", int, "K", "sample among the K most probable tokens (0: all)")
     option(
@@ -138,7 +143,7 @@ def _add_sampling(add: Callable[..., Any]) -> None:
     option(
         "min-p", float, "P", "leave out tokens below P times the best one's probability"
     )
-    option("seed", int, "S", "the same seed gives the same text (default: %(default)s)")
+    option("seed", int, "S", "the same seed gives the same text (default: {})")
     add(
         "--num-samples",
         type=int,
@@ -153,13 +158,22 @@ def _add_sampling(add: Callable[..., Any]) -> None:
         "above 1: tokens that occurred become less probable (1: off)",
     )
     option("no-repeat-ngram-size", int, "N", "no N tokens occur twice (0: off)")
+    option(
+        "encoder-no-repeat-ngram-size", int, "N", "no N tokens of the prompt (0: off)"
+    )
+    add(
+        "--bad-words",
+        nargs="+",
+        metavar="TEXT",
+        help="words that are never written in the tokens that the tokenizer has for "
+        "them",
+    )
     option("min-new-tokens", int, "N", "no end before N tokens")
     add(
         "--suppress-tokens",
         type=int,
         nargs="+",
         metavar="ID",
-        default=(),
         help="ids that are never chosen",
     )
     option("forced-bos-token-id", int, "ID", "the id of the first token")
@@ -170,8 +184,12 @@ def say(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def read_sampling(arguments: Namespace) -> "Sampling":
-    """How tokens are chosen, of the flags."""
+def read_sampling(arguments: Namespace, asked: Mapping[str, Any] = {}) -> "Sampling":
+    """How tokens are chosen: as the flags say, else as is ``asked``.
+
+    Raises:
+        InputError: a flag is out of range, or they do not go together.
+    """
     from dataclasses import fields
 
     from sampling import Sampling
@@ -181,14 +199,66 @@ def read_sampling(arguments: Namespace) -> "Sampling":
             f"num-samples is {arguments.num_samples}: it has to be at least 1"
         )
     names = {field.name for field in fields(Sampling)} & vars(arguments).keys()
-    values = {name: getattr(arguments, name) for name in names}
-    values["suppress_tokens"] = tuple(values["suppress_tokens"])
-    sampling = Sampling(**values)
+    given = {k: v for k in names if (v := getattr(arguments, k)) is not None}
+    if "suppress_tokens" in given:
+        given["suppress_tokens"] = tuple(given["suppress_tokens"])
+    if given.get("temperature") == 0:  # then what narrows sampling is of no use
+        asked = {k: v for k, v in asked.items() if k not in ("top_k", "top_p", "min_p")}
+    sampling = Sampling(**{**asked, **given})
     if sampling.greedy and arguments.num_samples > 1:
         raise InputError(
             "at temperature 0 all samples are the same: give a --temperature above 0"
         )
     return sampling
+
+
+class Rules:
+    """How each prompt is answered: as the flags say, and with --task-defaults as the
+    model's files ask for. What they ask for is said, once."""
+
+    def __init__(self, arguments: Namespace, pair: "Pair"):
+        self._arguments = arguments
+        self._pair = pair
+        self._said: set[str] = set()
+        if arguments.bad_words:
+            arguments.bad_words_ids = _word_ids(pair, arguments.bad_words)
+
+    def of(self, prompt: "str | list[dict[str, str]]") -> tuple["Sampling", int]:
+        """How tokens are chosen, and the most that may be."""
+        from decoder import MAX_TOKENS
+
+        arguments = self._arguments
+        applied = arguments.task_defaults
+        try:
+            asked = self._pair.defaults(prompt)
+        except InputError as error:
+            if applied:
+                raise
+            self._say(f"{error}: what the model asks for is not known")
+            return read_sampling(arguments), arguments.max_tokens or MAX_TOKENS
+        given = [name for name, v in vars(arguments).items() if v is not None]
+        for line in asked.lines(applied, given):
+            self._say(line)
+        if not applied:
+            return read_sampling(arguments), arguments.max_tokens or MAX_TOKENS
+        most = arguments.max_tokens or asked.max_tokens or MAX_TOKENS
+        return read_sampling(arguments, asked.options), most
+
+    def _say(self, line: str) -> None:
+        if line not in self._said:
+            self._said.add(line)
+            say(one_line(line))
+
+
+def _word_ids(pair: "Pair", words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """The tokens of each word, at the start of a text and after a space."""
+    found = []
+    for word in words:
+        if not word.strip():
+            raise InputError("a bad word is empty")
+        for text in (word, f" {word}"):
+            found.append(tuple(pair.tokenizer.encode_word(text)))
+    return tuple(dict.fromkeys(found))
 
 
 def load_pair(arguments: Namespace) -> "Pair":
@@ -369,7 +439,7 @@ def _describe_machine() -> None:
 def main() -> None:
     sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale says
     arguments = parse_arguments()
-    from decoder import Stats, check_options
+    from decoder import MAX_TOKENS, Stats, check_options
 
     if arguments.interactive and (arguments.prompt is not None or arguments.compare):
         raise InputError("--interactive goes with neither --prompt nor --compare")
@@ -379,8 +449,11 @@ def main() -> None:
         or arguments.draft_model == NO_DRAFT
     ):
         raise InputError("--compare needs a draft to compare with the target alone")
-    check_options(arguments.max_tokens, arguments.num_draft, arguments.delta)
-    sampling = read_sampling(arguments)
+    most = MAX_TOKENS if arguments.max_tokens is None else arguments.max_tokens
+    check_options(most, arguments.num_draft, arguments.delta)
+    # What the files ask for is known later, and may make these go together.
+    if not arguments.task_defaults:
+        read_sampling(arguments)
 
     import fast_blas
 
@@ -389,6 +462,7 @@ def main() -> None:
     if arguments.verbose:
         _describe_machine()
     pair = load_pair(arguments)
+    rules = Rules(arguments, pair)
     color = arguments.color and sys.stdout.isatty() and "NO_COLOR" not in os.environ
 
     def answer(
@@ -398,10 +472,12 @@ def main() -> None:
         before: Sequence[dict[str, str]] = (),
     ) -> list["Generation"]:
         chat = [*before, {"role": "user", "content": prompt}]
+        question = chat if arguments.chat else prompt
+        sampling, most = rules.of(question)
         return pair.samples(
-            chat if arguments.chat else prompt,
+            question,
             arguments.num_samples,
-            max_tokens=arguments.max_tokens,
+            max_tokens=most,
             num_draft=num_draft,
             delta=arguments.delta,
             sampling=sampling,

@@ -22,6 +22,7 @@ from typing import Any
 from checkpoint import CONFIG, locate
 from config import FAMILY, T5Config, find_size
 from decoder import DELTA, MAX_TOKENS, NUM_DRAFT, Commit, Stats, generate
+from defaults import Defaults, Files
 from drafting import Drafter, LookupDrafter, ModelDrafter, Session
 from errors import InputError
 from files import read_json
@@ -220,6 +221,21 @@ class Pair:
         decode = self._decode_with_special if keep_special else self.tokenizer.decode
         text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
         return [Generation(text, row, decode) for row in _by_row(commits, count)]
+
+    def defaults(self, prompt: "str | list[dict[str, str]]") -> Defaults:
+        """What the target's makers ask of whoever has it answer this prompt.
+
+        Nothing of it is applied unless :meth:`samples` is told so.
+
+        Raises:
+            InputError: their files are odd, or the prompt is.
+        """
+        if self.folder is None:
+            return Defaults("")
+        started = len(self._encode(prompt)) if is_causal(self.folder) else 1
+        text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        files = Files.read(self.folder)
+        return files.of(text, started, self.target.vocabulary)
 
     def forget(self) -> None:
         """Drop what is cached: the next prompt is encoded whole.

@@ -13,6 +13,7 @@ import fast_blas  # noqa: F401  (before mlx: see there)
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -32,10 +33,13 @@ class Prefix(NamedTuple):
             the first L - T + 1 + t of them. The token that decoding starts from is
             among them, as in transformers.
         generated: (B, T) int32, how many of those were generated.
+        prompt: (B, S) int32, what each row answers, -1 beyond its end. A decoder-only
+            model has it in ``tokens`` as well.
     """
 
     tokens: mx.array
     generated: mx.array
+    prompt: mx.array
 
     def seen(self) -> mx.array:
         """(B or 1, T, L) bool: whether position t comes after token l."""
@@ -63,6 +67,9 @@ class Sampling:
         repetition_penalty: above 1 makes tokens that occurred less probable: logits
             are divided by it, negative ones multiplied.
         no_repeat_ngram_size: no n-gram of this size occurs twice; 0 for no such rule.
+        encoder_no_repeat_ngram_size: none that the prompt has occurs; likewise.
+        bad_words_ids: sequences of ids that never occur; an end of the sequence alone,
+            which ``generate`` passes over, is none.
         min_new_tokens: no end of the sequence before so many tokens.
         suppress_tokens: ids that are never chosen.
         forced_bos_token_id: the first token.
@@ -79,6 +86,8 @@ class Sampling:
     seed: int = 0
     repetition_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
+    encoder_no_repeat_ngram_size: int = 0
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
     min_new_tokens: int = 0
     suppress_tokens: tuple[int, ...] = ()
     forced_bos_token_id: int | None = None
@@ -97,6 +106,10 @@ class Sampling:
         check("seed", self.seed >= 0, "at least 0")
         check("repetition-penalty", 0 < self.repetition_penalty < math.inf, "above 0")
         check("no-repeat-ngram-size", self.no_repeat_ngram_size >= 0, "at least 0")
+        size = self.encoder_no_repeat_ngram_size
+        check("encoder-no-repeat-ngram-size", size >= 0, "at least 0")
+        if not all(self.bad_words_ids):
+            raise InputError("a bad word is empty: it has to have at least one token")
         check("min-new-tokens", self.min_new_tokens >= 0, "at least 0")
         filters = {"top-k": self.top_k, "top-p": self.top_p < 1, "min-p": self.min_p}
         unused = [name for name, used in filters.items() if used]
@@ -120,6 +133,7 @@ class Sampling:
         """
         forced = self.forced_bos_token_id
         named = [*self.suppress_tokens, *([] if forced is None else [forced])]
+        named += [token for word in self.bad_words_ids for token in word]
         for token in named:
             if not 0 <= token < vocabulary:
                 raise InputError(
@@ -132,6 +146,11 @@ class Sampling:
             chain.append(RepetitionPenalty(self.repetition_penalty))
         if self.no_repeat_ngram_size:
             chain.append(NoRepeatNgram(self.no_repeat_ngram_size))
+        if self.encoder_no_repeat_ngram_size:
+            chain.append(NoPromptNgram(self.encoder_no_repeat_ngram_size))
+        words = [w for w in self.bad_words_ids if len(w) > 1 or w[0] not in eos_tokens]
+        if words:
+            chain.append(BadWords(words, vocabulary))
         if self.min_new_tokens:
             ends = [token for token in eos_tokens if 0 <= token < vocabulary]
             chain.append(MinNewTokens(self.min_new_tokens, ban(vocabulary, ends)))
@@ -211,22 +230,49 @@ class NoRepeatNgram:
     size: int
 
     def __call__(self, logits: mx.array, prefix: Prefix) -> mx.array:
-        tokens, seen = prefix.tokens, prefix.seen()
-        length, positions = tokens.shape[1], logits.shape[1]
-        before = self.size - 1  # tokens of an n-gram before its last one
-        if length <= before:
-            return logits
-        # complete[b, t, i]: at i ends an n-gram that the tokens before t began again.
-        complete = seen[..., before:]
-        ends = mx.arange(length - positions, length)  # the last token before each t
-        for back in range(1, before + 1):
-            latest = tokens[:, mx.maximum(ends - (back - 1), 0)]
-            earlier = tokens[:, before - back : length - back]
-            same = earlier[:, None] == latest[..., None]
-            there = (earlier >= 0)[:, None] & (ends >= back - 1)[:, None]
-            complete = complete & same & there
-        banned = _mark(complete, tokens[:, before:], logits.shape)
-        return mx.where(banned, -math.inf, logits)
+        return _ban_ngrams(logits, prefix, prefix.tokens, prefix.seen(), self.size)
+
+
+@dataclass(frozen=True)
+class NoPromptNgram:
+    """Bans what would complete an n-gram of the prompt, as transformers'
+    ``encoder_no_repeat_ngram_size``: of size 1 the prompt's own end as well."""
+
+    size: int
+
+    def __call__(self, logits: mx.array, prefix: Prefix) -> mx.array:
+        there = (prefix.prompt >= 0)[:, None]
+        return _ban_ngrams(logits, prefix, prefix.prompt, there, self.size)
+
+
+class BadWords:
+    """Bans the last token of a word where its others precede it."""
+
+    def __init__(self, words: Collection[tuple[int, ...]], vocabulary: int):
+        """
+        Args:
+            words: ids, at least one each, below ``vocabulary``.
+        """
+        alone = [word[0] for word in words if len(word) == 1]
+        self._alone = ban(vocabulary, alone) if alone else None
+        longer: dict[int, list[tuple[int, ...]]] = {}  # by length: one comparison each
+        for word in words:
+            if len(word) > 1:
+                longer.setdefault(len(word), []).append(word)
+        self._longer = [mx.array(longer[length]) for length in sorted(longer)]
+
+    def __call__(self, logits: mx.array, prefix: Prefix) -> mx.array:
+        if self._alone is not None:
+            logits = logits + self._alone
+        for words in self._longer:  # (W, n)
+            before = words.shape[1] - 1
+            complete = mx.array(True)
+            for back in range(1, before + 1):
+                latest = _latest(prefix.tokens, logits.shape[1], back)
+                complete = complete & (latest[..., None] == words[:, before - back])
+            lasts = mx.broadcast_to(words[:, before], (len(logits), len(words)))
+            logits = mx.where(_mark(complete, lasts, logits.shape), -math.inf, logits)
+        return logits
 
 
 @dataclass(frozen=True)
@@ -243,13 +289,15 @@ class MinNewTokens:
 
 @dataclass(frozen=True)
 class ForcedFirstToken:
-    """Bans all but one token (``others``: -inf there) at the first position."""
+    """Bans all but one token (``others``: 0 for it, -inf elsewhere) at the first
+    position."""
 
     others: mx.array  # (V,)
 
     def __call__(self, logits: mx.array, prefix: Prefix) -> mx.array:
         first = (prefix.generated == 0)[..., None]
-        return logits + mx.where(first, self.others, 0)
+        # Whatever other rules say of that token.
+        return mx.where(first, self.others, logits)
 
 
 @dataclass(frozen=True)
@@ -267,6 +315,42 @@ def ban(vocabulary: int, tokens: Collection[int]) -> mx.array:
     logits = np.zeros(vocabulary, np.float32)
     logits[list(tokens)] = -np.inf
     return mx.array(logits)
+
+
+def _latest(tokens: mx.array, positions: int, back: int) -> mx.array:
+    """(B, T) the ``back``-th last token before each position; -1 where there is none.
+
+    Args:
+        tokens: (B, L), of a :class:`Prefix`.
+        positions: T.
+    """
+    length = tokens.shape[1]
+    places = mx.arange(length - positions, length) - (back - 1)
+    return mx.where(places >= 0, tokens[:, mx.maximum(places, 0)], -1)
+
+
+def _ban_ngrams(
+    logits: mx.array, prefix: Prefix, text: mx.array, there: mx.array, size: int
+) -> mx.array:
+    """Ban what would complete an n-gram of a text.
+
+    Args:
+        text: (B, N) ids.
+        there: (B or 1, T or 1, N) bool, which of them each position looks at.
+    """
+    length, before = text.shape[1], size - 1
+    if length <= before:
+        return logits
+    # complete[b, t, i]: at i ends an n-gram that the tokens before t began again.
+    complete = there[..., before:]
+    for back in range(1, before + 1):
+        latest = _latest(prefix.tokens, logits.shape[1], back)
+        earlier = text[:, before - back : length - back]
+        same = earlier[:, None] == latest[..., None]
+        complete = complete & same & (earlier >= 0)[:, None]
+    shape = (*logits.shape[:2], length - before)
+    banned = _mark(mx.broadcast_to(complete, shape), text[:, before:], logits.shape)
+    return mx.where(banned, -math.inf, logits)
 
 
 def _mark(where: mx.array, tokens: mx.array, shape: tuple[int, ...]) -> mx.array:
@@ -297,6 +381,7 @@ class Choices:
         vocabulary: int,
         *,
         eos_tokens: Collection[int] = (),
+        prompts: list[list[int]] | None = None,
         num_draft: int = 0,
         streams: list[tuple[int, ...]] | None = None,
     ):
@@ -304,7 +389,8 @@ class Choices:
         Args:
             starts: the tokens that each row's decoding starts from.
             vocabulary: V of the target; a draft's logits are cut or padded to it.
-            eos_tokens: what ends a row, for ``min_new_tokens``.
+            eos_tokens: what ends a row, for the rules that spare or ban it.
+            prompts: what the rows answer, for the rules that look at it.
             num_draft: the most draft tokens that a round will have.
             streams: what tells the rows' random numbers apart, beside the seed; by
                 default the row's number.
@@ -317,6 +403,7 @@ class Choices:
         self.chain = sampling.chain(vocabulary, eos_tokens)
         self.num_draft = num_draft
         self._starts = np.array([len(start) for start in starts])
+        self._prompts = prompts or [[] for _ in starts]
         # A generator for each row: its text must not depend on its neighbours.
         self._random = (
             []
@@ -328,6 +415,16 @@ class Choices:
                 for key in streams or [(row,) for row in range(len(starts))]
             ]
         )
+
+    @cached_property
+    def prompt(self) -> mx.array:
+        """(B, S) int32, what each row answers, -1 beyond its end."""
+        padded = np.full(
+            (len(self._prompts), max(map(len, self._prompts))), -1, np.int32
+        )
+        for row, prompt in enumerate(self._prompts):
+            padded[row, : len(prompt)] = prompt
+        return mx.array(padded)
 
     def begin(
         self, sequences: list[list[int]], following: mx.array | None = None
@@ -405,6 +502,7 @@ class Chooser:
         prefix = Prefix(
             mx.concatenate([self._committed, block], axis=1),
             mx.array((self._generated[:, None] + after).astype(np.int32)),
+            self._choices.prompt,
         )
         logits = logits.astype(mx.float32)
         for processor in self._choices.chain:

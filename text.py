@@ -49,6 +49,19 @@ class Tokenizer:
         """
         return self._within.encode(text)
 
+    def encode_word(self, text: str) -> list[int]:
+        """Token ids of a text inside another: without what goes around a prompt.
+
+        Raises:
+            InputError: the tokenizer fails at it.
+        """
+        tokens, around = self.encode(text), self.encode("")
+        for before in range(len(around), -1, -1):
+            after = len(tokens) - (len(around) - before)
+            if tokens[:before] + tokens[after:] == around and before <= after:
+                return tokens[before:after]
+        return tokens
+
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
         """Token ids of a conversation, in the form that the model was trained on.
 

@@ -48,7 +48,7 @@ from dataclasses import dataclass
 from itertools import count
 from multiprocessing import get_context
 from random import Random
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 from mutations import (
@@ -138,12 +138,15 @@ class Contained:
 
     said: int = -1  # the pipe
     seconds: int = 10
+    # Freed with the process: of the other one nobody sees how it ends.
+    programs: ClassVar[list] = []
 
     def __init__(self, module: str, folder: Path):
         self._folder = folder
         opener = importlib.import_module(module).open_folder
         self._program = None
         self._program = self._attempt(opener, folder)
+        self.programs.append(self._program)
 
     def call(self, method: str, *arguments: Any) -> Any:
         method, *arguments = msgspec.json.decode(
@@ -169,14 +172,23 @@ class Contained:
         return value
 
 
-def run_model(folder: Path, _: Path) -> None:
-    """What main.py does: load, and answer a prompt."""
+def run_model(folder: Path, _: Path, rules: bool = False) -> None:
+    """What main.py does: load, and answer a prompt, by the ``rules`` that the files
+    bring."""
     import pair
+    from sampling import Sampling
 
     confined.Confined = sys.modules["text"].Confined = Contained
     loaded = pair.Pair.load(str(folder), pair.LOOKUP)
+    options = {}
+    if rules:
+        asked = loaded.defaults(TEXTS[0])
+        assert all(one_line(line).isprintable() for line in asked.lines(False))
+        options["sampling"] = Sampling(**asked.options)
     for special in (False, True):
-        answer = loaded.generate(TEXTS[0], max_tokens=5, keep_special=special)
+        answer = loaded.generate(
+            TEXTS[0], max_tokens=5, keep_special=special, **options
+        )
         json.dumps(answer.finish().text, ensure_ascii=False).encode()
 
 
@@ -221,9 +233,9 @@ def run_convert_config(folder: Path, out: Path) -> None:
 def run_generation(folder: Path, out: Path) -> None:
     """At conversion and when the model is loaded, whichever folder it is."""
     if (folder / "weights.npz").is_file():
-        return run_model(folder, out)
+        return run_model(folder, out, rules=True)
     run_convert(folder, out)
-    return run_model(out, out)
+    return run_model(out, out, rules=True)
 
 
 def run_spiece(folder: Path, out: Path) -> None:

@@ -17,7 +17,7 @@ import fast_blas  # noqa: F401  (before mlx: see there)
 import argparse
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
@@ -98,7 +98,9 @@ class Point:
         return Draft(mx.array(rows, mx.int32))
 
 
-def chain(sampling: Sampling, begin: int = 1) -> transformers.LogitsProcessorList:
+def chain(
+    sampling: Sampling, begin: int = 1, prompt: Sequence[int] = ()
+) -> transformers.LogitsProcessorList:
     """What transformers' ``generate`` applies for these options, in its order."""
     listed = transformers.LogitsProcessorList()
     if sampling.repetition_penalty != 1:
@@ -108,6 +110,18 @@ def chain(sampling: Sampling, begin: int = 1) -> transformers.LogitsProcessorLis
     if sampling.no_repeat_ngram_size:
         listed.append(
             transformers.NoRepeatNGramLogitsProcessor(sampling.no_repeat_ngram_size)
+        )
+    if sampling.encoder_no_repeat_ngram_size:
+        listed.append(
+            transformers.EncoderNoRepeatNGramLogitsProcessor(
+                sampling.encoder_no_repeat_ngram_size, torch.tensor([prompt])
+            )
+        )
+    if sampling.bad_words_ids:
+        listed.append(
+            transformers.NoBadWordsLogitsProcessor(
+                [list(word) for word in sampling.bad_words_ids], END
+            )
         )
     if sampling.min_new_tokens:
         listed.append(

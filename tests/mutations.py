@@ -161,7 +161,7 @@ _ODD = (
 def odd(rng: Random) -> Any:
     """A value that belongs nowhere."""
     if rng.random() < 0.9:
-        return rng.choice(_ODD)
+        return deepcopy(rng.choice(_ODD))  # it may be changed in its turn
     if rng.random() < 0.5:
         return "x" * rng.choice((1000, 1_000_000))
     depth = rng.choice((10, 62, 64, 66, 1000, 100_000))
@@ -282,9 +282,22 @@ def make_generation(rng: Random, folder: Path) -> None:
     if rng.random() < 0.5:  # a converted model, as run_generation sees by its weights
         for name in ("weights.npz", "config.json"):
             shutil.copyfile(seeds() / "mlx-f32" / name, folder / name)
-    (folder / "generation_config.json").write_text(
-        json.dumps({"decoder_start_token_id": 0, "eos_token_id": 1, "pad_token_id": 0})
-    )
+    values = {"decoder_start_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
+    if rng.random() < 0.7:
+        values |= {
+            "repetition_penalty": 1.3,
+            "no_repeat_ngram_size": 3,
+            "encoder_no_repeat_ngram_size": 4,
+            "bad_words_ids": [[5, 6], [7]],
+            "suppress_tokens": [9],
+            "forced_bos_token_id": 11,
+            "min_length": 2,
+            "max_length": 9,
+            "num_beams": 2,
+        }
+    if rng.random() < 0.3:
+        values |= {"do_sample": True, "temperature": 0.7, "top_k": 9, "top_p": 0.9}
+    (folder / "generation_config.json").write_text(json.dumps(values))
     edit_file(rng, folder / "generation_config.json", *[edit_config] * 3)
 
 

@@ -12,12 +12,13 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import VOCABULARY, tiny_tokenizer
+from conftest import VOCABULARY, save_checkpoint, tiny_tokenizer, tiny_torch
 from test_causal import tiny_causal
 from transformers import DynamicCache, EncoderDecoderCache
 
 import baselines
 import benchmark
+import convert
 import errors
 from benchmark import Answer, Cell, Cost, Variant
 from decoder import Stats
@@ -385,6 +386,25 @@ def test_bad_flags(call, make, tmp_path):
     )
     assert status == 2
     assert "no draft to measure" in err
+
+
+def test_rows_of_padding_are_not_ctranslate2s(tmp_path):
+    """Rows that no token stands for, which a random model would choose, and which its
+    converter calls by a sentinel's name."""
+    save_checkpoint(tiny_torch(8), tmp_path / "hf")
+    path = tmp_path / "hf" / "tokenizer.json"
+    values = json.loads(path.read_text())
+    del values["model"]["vocab"][79:]  # names for 80 of 96 rows, with this one
+    like = values["added_tokens"][0]
+    values["added_tokens"].append(like | {"id": 79, "content": "<extra_id_0>"})
+    path.write_text(json.dumps(values))
+    convert.convert(tmp_path / "hf", tmp_path / "mlx")
+    pair = Pair.load(str(tmp_path / "mlx"))
+    baseline = baselines.ctranslate2(pair, 30)
+    for prompt in ("the cat", "a cat on", "the cat sat on the cat"):
+        ids = pair.tokenizer.encode(prompt)
+        expected = pair.generate(prompt, max_tokens=30).finish().tokens
+        assert baseline.generate(ids)[0] == expected
 
 
 def test_step_costs_are_of_the_right_steps(make, monkeypatch):

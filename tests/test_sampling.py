@@ -92,6 +92,10 @@ RULES = {
     "no token twice": {"no_repeat_ngram_size": 1},
     "no bigram twice": {"no_repeat_ngram_size": 2},
     "no trigram twice": {"no_repeat_ngram_size": 3},
+    "no token of the prompt": {"encoder_no_repeat_ngram_size": 1},
+    "no bigram of the prompt": {"encoder_no_repeat_ngram_size": 2},
+    "no trigram of the prompt": {"encoder_no_repeat_ngram_size": 3},
+    "bad words": {"bad_words_ids": ((4,), (50, 17), (1,), (2, 3, 2), (5, 5))},
     "not before 9": {"min_new_tokens": 9},
     "suppressed": {"suppress_tokens": (4, 17, 50)},
     "forced": {"forced_bos_token_id": 33},
@@ -101,6 +105,8 @@ RULES = {
         "min_new_tokens": 5,
         "suppress_tokens": (4,),
         "forced_bos_token_id": 12,
+        "encoder_no_repeat_ngram_size": 3,
+        "bad_words_ids": ((5,), (12,), (3, 2)),
     },
 }
 
@@ -112,7 +118,8 @@ def test_rules_at_every_position_of_a_block(rule, data):
     options = {
         "suppressed": {"suppress_tokens": (2, 4)},
         "forced": {"forced_bos_token_id": 3},
-        "all": RULES["all"] | {"forced_bos_token_id": 2},
+        "bad words": {"bad_words_ids": ((4,), (5, 3), (1,), (2, 3, 2), (5, 5), (0, 2))},
+        "all": RULES["all"] | {"forced_bos_token_id": 2, "bad_words_ids": ((5,), (2,))},
     }.get(rule, RULES[rule])
     options = Sampling(**options)
     size = data.draw(st.integers(1, 4))
@@ -122,7 +129,10 @@ def test_rules_at_every_position_of_a_block(rule, data):
     drafted = [data.draw(st.lists(token, min_size=size, max_size=size)) for _ in rows]
     rng = np.random.default_rng(data.draw(st.integers(0, 10**6)))
     logits = rng.normal(size=(len(rows), size + 1, vocabulary)).astype(np.float32)
-    choices = Choices(options, [[0]] * len(rows), vocabulary, eos_tokens={1, 99})
+    prompts = [data.draw(st.lists(token, min_size=1, max_size=7)) for _ in rows]
+    choices = Choices(
+        options, [[0]] * len(rows), vocabulary, eos_tokens={1, 99}, prompts=prompts
+    )
     block = [[row[-1], *draft] for row, draft in zip(rows, drafted, strict=True)]
     known = choices.begin(rows).process(mx.array(logits), mx.array(block))
     # The same, where the device alone knows the last token.
@@ -131,8 +141,8 @@ def test_rules_at_every_position_of_a_block(rule, data):
         last = mx.array([row[-1] for row in rows])
         ahead = choices.begin(shorter, last).process(mx.array(logits), mx.array(block))
         assert mx.array_equal(ahead, known).item()
-    rule_of_transformers = chain(options)
     for row, tokens in enumerate(rows):
+        rule_of_transformers = chain(options, prompt=prompts[row])
         for place in range(size + 1):
             prefix = torch.tensor([[*tokens, *drafted[row][:place]]])
             expected = rule_of_transformers(
@@ -153,9 +163,11 @@ def test_greedy_text_under_rules_is_that_of_transformers(sessions, rule):
     """Plain and speculative, alone and in a batch, beside ``generate``."""
     oracle, target, draft = sessions
     options = dict(RULES[rule])
-    theirs = options | {"suppress_tokens": list(options.get("suppress_tokens", ()))}
-    if not theirs["suppress_tokens"]:
-        del theirs["suppress_tokens"]
+    theirs = dict(options)
+    if "suppress_tokens" in options:
+        theirs["suppress_tokens"] = list(options["suppress_tokens"])
+    if "bad_words_ids" in options:
+        theirs["bad_words_ids"] = [list(word) for word in options["bad_words_ids"]]
     expected = []
     for prompt in PROMPTS:
         with torch.no_grad():
