@@ -54,6 +54,9 @@ def _save_tokenizer(source: Path, folder: Path) -> None:
 save_tokenizer_confined = convert.save_tokenizer
 convert.save_tokenizer = _save_tokenizer
 
+#: Seconds after which a process is taken to hang, however busy the machine is.
+HANG = 900
+
 #: Ids 0 to 2 are pad, end-of-sequence and unknown.
 VOCABULARY = 96
 

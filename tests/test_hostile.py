@@ -20,16 +20,19 @@ import pytest
 from conftest import save_tokenizer_confined, tiny_tokenizer
 from safetensors.numpy import load_file, save_file
 
+import benchmark
 import checkpoint
 import confined
 import convert
 import errors
 import main
 import model
+import slow_tokenizer
 import sources
 from checkpoint import WEIGHTS
 from config import T5Config
 from confined import Confined
+from demo import train
 from errors import InputError
 from fast_tokenizer import FILE, is_plain
 from files import JSON_DEPTH, read_json
@@ -637,6 +640,7 @@ def chat(tmp_path):
     return with_template
 
 
+MESSAGES = [{"role": "user", "content": "the cat"}]
 LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 
 
@@ -646,21 +650,34 @@ LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% en
         ("{{ messages[0]['content'] }}", None),
         (LOOPS, "longer than it may"),
         ("{{ 'a' * 10**11 }}", "fails|crashes"),
-        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "fails"),
-        ("{{ cycler.__init__.__globals__.os.system('touch ran') }}", "fails"),
-        ("{% for", "fails"),
     ],
 )
 def test_chat_templates(chat, template, message, tmp_path, monkeypatch):
-    """Programs: confined, and what jinja's sandbox forbids stays forbidden."""
+    """Programs: confined."""
     monkeypatch.chdir(tmp_path)
     tokenizer = chat(template)
-    messages = [{"role": "user", "content": "the cat"}]
     if message is None:
-        assert tokenizer.encode_chat(messages)
+        assert tokenizer.encode_chat(MESSAGES)
     else:
         with pytest.raises(InputError, match=message):
-            tokenizer.encode_chat(messages)
+            tokenizer.encode_chat(MESSAGES)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "template, message",
+    [
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
+        ("{{ cycler.__init__.__globals__.os.system('touch ran') }}", "unsafe"),
+        ("{% for", "fails"),
+    ],
+)
+def test_what_jinjas_sandbox_forbids(chat, template, message, tmp_path, monkeypatch):
+    """What happens in the process that a template is confined to."""
+    monkeypatch.chdir(tmp_path)
+    chat(template)
+    with pytest.raises(InputError, match=message):
+        slow_tokenizer.open_folder(tmp_path).encode_chat(MESSAGES)
     assert not (tmp_path / "ran").exists()
 
 
@@ -888,7 +905,6 @@ def test_closed_streams(mlx, hub, tmp_path, closed):
 
 def test_a_crash_elsewhere_is_an_error_here(tmp_path, monkeypatch):
     """Killed, hung or out of memory: one line, and the process is gone."""
-    monkeypatch.setattr(confined, "PATIENCE", 0.5)
     (tmp_path / "misbehaving.py").write_text(MISBEHAVING)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     for method, message in (
@@ -900,10 +916,10 @@ def test_a_crash_elsewhere_is_an_error_here(tmp_path, monkeypatch):
         ("private", "fails"),
     ):
         with monkeypatch.context() as patch:
-            if method == "compute":
-                patch.setattr(confined, "PATIENCE", 60)
             process = Confined("misbehaving", tmp_path)
             assert process.call("add", 2, 3) == 5
+            if method == "sleep":  # whoever computes may take any time to begin
+                patch.setattr(confined, "PATIENCE", 0.5)
             with pytest.raises(InputError, match=message):
                 process.call(method)
             if method in ("crash", "sleep", "compute"):
@@ -987,23 +1003,30 @@ def is_quiet(result: subprocess.CompletedProcess) -> None:
         assert len(result.stderr.splitlines()) == 1, result.stderr
 
 
-def test_no_code_of_a_checkpoint_runs(hub, mlx, tmp_path):
+def test_no_code_of_a_checkpoint_runs(hub, mlx, tmp_path, monkeypatch, capsys):
     """convert.py; main.py with and without a tokenizer.json; a baseline; training."""
+
+    def inside(module, *arguments: object) -> None:
+        """Likewise in this process, which is sooner ready."""
+        monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 50))
+        monkeypatch.setattr(sys, "argv", ["program", *map(str, arguments)])
+        assert errors.run(module.main, "program") in (0, 2)
+        assert "trust" not in capsys.readouterr().out
+
     with_code(hub)
-    is_quiet(program("convert.py", "--model", hub, "--output", tmp_path / "out"))
     with_code(mlx)
+    inside(convert, "--model", hub, "--output", tmp_path / "out")
     ask = ("--model", mlx, "--prompt", "the", "--max-tokens", 2)
-    is_quiet(program("main.py", *ask, "--draft-model", "none"))
+    inside(main, *ask, "--draft-model", "none")
     (tmp_path / "prompts").write_text("the cat\n")
     run = ("--model", mlx, "--draft-model", "none", "--num-draft", 0)
     run += ("--prompts", tmp_path / "prompts", "--baseline", "transformers")
-    is_quiet(program("benchmark.py", *run))
+    inside(benchmark, *run)
+    (tmp_path / "texts").write_text("the cat\n" * 2000)
+    run = ("--teacher", hub, tmp_path / "texts", "--output", tmp_path / "t")
+    inside(train, *run, "--minutes", 0.01)
     (mlx / FILE).unlink()
     is_quiet(program("main.py", *ask))
-    (tmp_path / "texts").write_text("the cat\n" * 2000)
-    run = ("--teacher", hub, "--text", tmp_path / "texts", "--output", tmp_path / "t")
-    result = program("demo/train.py", *run, "--minutes", 0.01)
-    assert "Traceback" not in result.stderr
     assert not list(tmp_path.rglob("ran"))
 
 

@@ -9,8 +9,10 @@ import subprocess
 import sys
 import time
 from contextlib import closing, suppress
+from pathlib import Path
 
 import pytest
+from conftest import HANG
 
 import main
 from pair import Pair
@@ -105,12 +107,22 @@ class Terminal:
         self._expected = self.seen.index(text, self._expected) + len(text)
 
     def read(self) -> None:
-        ready, _, _ = select.select([self._own], [], [], 60)
+        ready, _, _ = select.select([self._own], [], [], HANG)
         assert ready, f"nothing came after: {self.seen}"
         some = os.read(self._own, 1000)
         if not some:
             raise OSError("closed")
         self.seen += some.decode(errors="replace")
+
+    def wait_for_readline(self) -> None:
+        """Until the program waits for a line: its prompt is out before that, and a
+        signal between the two is not seen."""
+        status = Path(f"/proc/{self.process.pid}/status")
+        if not status.exists():  # no Linux
+            time.sleep(1)
+        else:
+            while "State:\tS" not in status.read_text():
+                time.sleep(0.01)
 
     def close(self) -> None:
         self.process.kill()
@@ -134,8 +146,7 @@ def talk(terminal: Terminal) -> None:
     terminal.type("\x03")
     terminal.expect("stopped")
     terminal.expect("> ")
-    # The prompt is out before readline waits: a signal between the two is not seen.
-    time.sleep(1)
+    terminal.wait_for_readline()
     terminal.type("half a li\x03")
     terminal.expect("> ")
     terminal.type(":stats\n")
@@ -145,5 +156,5 @@ def talk(terminal: Terminal) -> None:
     with suppress(OSError):  # the other side has closed
         while True:  # some systems keep a process that has output left
             terminal.read()
-    assert terminal.process.wait(timeout=60) == 0
+    assert terminal.process.wait(timeout=HANG) == 0
     assert "Traceback" not in terminal.seen

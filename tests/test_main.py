@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import HANG
 
 import checkpoint
 import convert
@@ -400,7 +401,7 @@ def test_many_runs_end_well(pair):
         subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         for _ in range(6)
     ]
-    outputs = [process.communicate(timeout=60) for process in running]
+    outputs = [process.communicate(timeout=HANG) for process in running]
     assert [process.returncode for process in running] == [0] * 6, outputs
     assert len({json.loads(out)["text"] for out, _ in outputs}) == 1
 
@@ -418,7 +419,7 @@ def test_ctrl_c_while_streaming(pair):
     )
     first = process.stdout.read(30)
     process.send_signal(signal.SIGINT)
-    rest, err = process.communicate(timeout=60)
+    rest, err = process.communicate(timeout=HANG)
     assert process.returncode == 130, err
     assert first.strip()
     assert rest.endswith(b"\n")
@@ -435,7 +436,7 @@ def test_closed_pipe_is_quiet(pair):
         process.stdout.read(1)
         process.stdout.close()
         err = process.stderr.read().decode()
-        assert process.wait(timeout=60) == 0
+        assert process.wait(timeout=HANG) == 0
     assert "Traceback" not in err
     assert "pipe" not in err.lower()
 
