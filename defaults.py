@@ -10,6 +10,7 @@ field means.
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 from msgspec import Meta, Struct
@@ -25,24 +26,28 @@ Share = Annotated[float, Meta(ge=0, le=1)]
 Word = Annotated[list[Id], Meta(max_length=1 << 8)]
 
 
+class DefaultsError(InputError):
+    """What a checkpoint's files ask for is odd."""
+
+
 class _Fields(Struct):
     """The fields that this program has a rule for."""
 
     max_length: Count | None = None
     max_new_tokens: Count | None = None
-    min_length: Count | None = None
+    min_length: Annotated[int, Meta(le=1 << 24)] | None = None
     min_new_tokens: Count | None = None
     do_sample: bool | None = None
-    temperature: Annotated[float, Meta(ge=0, le=1e30)] | None = None
+    temperature: Annotated[float, Meta(ge=1e-30, le=1e30)] | None = None
     top_k: Count | None = None
-    top_p: Share | None = None
+    top_p: Annotated[float, Meta(ge=1e-30, le=1)] | None = None
     min_p: Share | None = None
     repetition_penalty: Annotated[float, Meta(ge=1e-30, le=1e30)] | None = None
     no_repeat_ngram_size: Count | None = None
     encoder_no_repeat_ngram_size: Count | None = None
     bad_words_ids: Annotated[list[Word], Meta(max_length=1 << 16)] | None = None
     suppress_tokens: list[Id] | None = None
-    forced_bos_token_id: Id | None = None
+    forced_bos_token_id: Id | Annotated[list[Id], Meta(max_length=1)] | None = None
 
 
 #: The rules of these names that :class:`sampling.Sampling` has, and what is no rule.
@@ -50,8 +55,8 @@ _RULES = {
     "repetition_penalty": 1,
     "no_repeat_ngram_size": 0,
     "encoder_no_repeat_ngram_size": 0,
-    "bad_words_ids": [],
-    "suppress_tokens": [],
+    "bad_words_ids": (),
+    "suppress_tokens": (),
     "forced_bos_token_id": -1,
 }
 #: How transformers samples where a file says that it is to, and no more.
@@ -93,31 +98,29 @@ class Defaults:
         where: which file says so, and of which task.
         options: of :class:`sampling.Sampling`, by name.
         max_tokens: the most new tokens; None where nothing is said.
-        lacking: fields that this program has nothing for, as they were found.
+        asked: the fields that these come from, as they were found.
+        lacking: fields that this program has nothing for, likewise.
     """
 
     where: str
     options: Mapping[str, Any] = field(default_factory=dict)
     max_tokens: int | None = None
+    asked: Mapping[str, Any] = field(default_factory=dict)
     lacking: Mapping[str, Any] = field(default_factory=dict)
 
-    def lines(self, applied: bool, given: Collection[str] = ()) -> Iterator[str]:
+    def lines(self, applied: bool) -> Iterator[str]:
         """What a person should know of it.
 
         Args:
             applied: whether it is, or what has to be done about that is said.
-            given: options that the user has chosen, which hold.
         """
-        rules = {**self.options, "max_tokens": self.max_tokens}
-        rules = {k: v for k, v in rules.items() if k not in given and v is not None}
-        if rules:
-            if applied:
-                yield f"as the model's {self.where} asks for: {_listed(rules)}"
-            else:
-                yield (
-                    f"the model's {self.where} asks for {_listed(rules)}, which "
-                    f"--task-defaults applies"
-                )
+        if self.asked and applied:
+            yield f"as the model's {self.where} asks for: {_listed(self.asked)}"
+        elif self.asked:
+            yield (
+                f"the model's {self.where} asks for {_listed(self.asked)}, which "
+                f"--task-defaults applies"
+            )
         if self.lacking:
             yield (
                 f"the model's {self.where} asks for {_listed(self.lacking)}, which "
@@ -144,8 +147,15 @@ class Files:
         """Read a checkpoint folder, Hugging Face's or converted.
 
         Raises:
-            InputError: a file is damaged.
+            DefaultsError: a file is damaged.
         """
+        try:
+            return cls._read(folder)
+        except InputError as error:
+            raise DefaultsError(str(error)) from None
+
+    @classmethod
+    def _read(cls, folder: Path) -> "Files":
         config = read_json(folder / CONFIG)
         where, values = GENERATION_CONFIG, {}
         if is_file(folder / GENERATION_CONFIG):
@@ -160,7 +170,13 @@ class Files:
             where, values, {k: v for k, v in tasks.items() if isinstance(v, dict)}
         )
 
-    def of(self, prompt: str, started: int, vocabulary: int) -> Defaults:
+    def of(
+        self,
+        prompt: str,
+        started: int,
+        vocabulary: int,
+        given: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Defaults:
         """What is asked for when a prompt is answered.
 
         Args:
@@ -169,9 +185,11 @@ class Files:
                 ``max_length`` and ``min_length`` count: 1 for a T5, the prompt's for a
                 decoder-only model.
             vocabulary: the number of ids; bans of others are none.
+            given: what has been chosen, options and ``max_tokens`` by name. Fields that
+                it takes the place of are not looked at.
 
         Raises:
-            InputError: a field has an odd value; it is named.
+            DefaultsError: a field has an odd value; it is named.
         """
         found = [
             (len(prefix), name)
@@ -185,61 +203,85 @@ class Files:
             _, task = max(found)
             where = f"{CONFIG}, for {task},"
             values = {**values, **self.tasks[task]}
-        return _defaults(where, values, started, vocabulary)
+        unread = set(given)
+        if "max_tokens" in given:
+            unread |= {"max_length", "max_new_tokens"}
+        if "min_new_tokens" in given:
+            unread.add("min_length")
+        if started != 1:  # generate passes over it
+            unread.add("forced_bos_token_id")
+        if given.get("temperature") == 0 or values.get("do_sample") in (None, False):
+            unread |= {"do_sample", *_SAMPLED}
+        values = {k: v for k, v in values.items() if k not in unread}
+        try:
+            return _defaults(where, values, started, vocabulary, given)
+        except InputError as error:
+            raise DefaultsError(str(error)) from None
 
 
 def _defaults(
-    where: str, values: Mapping[str, Any], started: int, vocabulary: int
+    where: str,
+    values: Mapping[str, Any],
+    started: int,
+    vocabulary: int,
+    given: Mapping[str, Any],
 ) -> Defaults:
     fields = typed(values, _Fields, where)
+    found = {name: getattr(fields, name) for name in _RULES}
+    if isinstance(found["forced_bos_token_id"], list):
+        found["forced_bos_token_id"] = next(iter(found["forced_bos_token_id"]), None)
+    for name in ("bad_words_ids", "suppress_tokens"):
+        found[name] = _emitted(found[name] or (), vocabulary)
+    if fields.do_sample:
+        for name, default in _SAMPLED.items():
+            if name not in given:
+                value = getattr(fields, name)
+                found[name] = default if value is None else value
+    nothing = {**_RULES, "top_k": 0, "top_p": 1, "min_p": 0}
     options = {
         name: value
-        for name, none in _RULES.items()
-        if (value := getattr(fields, name)) not in (None, none)
+        for name, value in found.items()
+        if value is not None and value != nothing.get(name)
     }
-    for name in ("bad_words_ids", "suppress_tokens"):
-        if name in options:
-            options[name] = _emitted(options[name], vocabulary)
-            if not options[name]:
-                del options[name]
+    asked = dict(options)
+    least = fields.min_new_tokens
+    if least is not None:
+        asked["min_new_tokens"] = least
+    elif fields.min_length is not None:
+        least = max(0, fields.min_length - started)
+        asked["min_length"] = fields.min_length
+    if least:
+        options["min_new_tokens"] = least
+    else:
+        asked.pop("min_new_tokens", asked.pop("min_length", None))
+    most = fields.max_new_tokens
+    length = "max_length" if most is None else "max_new_tokens"
+    if getattr(fields, length) is not None:
+        asked[length] = getattr(fields, length)
+        most = asked[length] - started if most is None else most
+        if most < 1:
+            raise InputError(
+                f"{where} asks for a {length} of {asked[length]}, which leaves no "
+                f"token for an answer after the {started} before it: give --max-tokens"
+            )
     lacking = _differing(values, _LACKING)
     if "num_beams" in lacking:  # without beams they say nothing
         lacking |= _differing(
             values, {"length_penalty": (1,), "early_stopping": (False,)}
         )
     if fields.do_sample:
-        for name, default in _SAMPLED.items():
-            value = getattr(fields, name)
-            options[name] = default if value is None else value
-        if options["temperature"] == 0:
-            raise InputError(f"{where} has do_sample with a temperature of 0")
-        options = {k: v for k, v in options.items() if not _is_off(k, v)}
         lacking |= _differing(values, _LACKING_SAMPLED)
-    least = fields.min_new_tokens or max(0, (fields.min_length or 0) - started)
-    if least:
-        options["min_new_tokens"] = least
-    most = fields.max_new_tokens
-    if most is None and fields.max_length is not None:
-        most = fields.max_length - started
-    if most is not None and most < 1:
-        raise InputError(
-            f"{where} has a length of {fields.max_length or most}, which leaves no "
-            f"token for an answer"
-        )
-    return Defaults(where, options, most, lacking)
+    return Defaults(where, options, most, asked, lacking)
 
 
-def _is_off(name: str, value: Any) -> bool:
-    """Whether a filter of sampling lets everything through."""
-    return name != "temperature" and value == {"top_p": 1}.get(name, 0)
-
-
-def _emitted(named: list[Any], vocabulary: int) -> tuple[Any, ...]:
+def _emitted(named: Collection[Any], vocabulary: int) -> tuple[Any, ...]:
     """Those ids, or sequences of them, that could come up: others need no ban."""
-    if named and isinstance(named[0], list):
-        words = [tuple(word) for word in named if word]
-        return tuple(w for w in words if all(0 <= t < vocabulary for t in w))
-    return tuple(token for token in named if 0 <= token < vocabulary)
+    found = []
+    for one in named:
+        ids = one if isinstance(one, list) else [one]
+        if ids and all(0 <= token < vocabulary for token in ids):
+            found.append(tuple(one) if isinstance(one, list) else one)
+    return tuple(found)
 
 
 def _differing(

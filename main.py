@@ -184,28 +184,31 @@ def say(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def read_sampling(arguments: Namespace, asked: Mapping[str, Any] = {}) -> "Sampling":
-    """How tokens are chosen: as the flags say, else as is ``asked``.
-
-    Raises:
-        InputError: a flag is out of range, or they do not go together.
-    """
+def read_given(arguments: Namespace) -> dict[str, Any]:
+    """The options of how tokens are chosen that flags were given for."""
     from dataclasses import fields
 
     from sampling import Sampling
 
-    if arguments.num_samples < 1:
-        raise InputError(
-            f"num-samples is {arguments.num_samples}: it has to be at least 1"
-        )
-    names = {field.name for field in fields(Sampling)} & vars(arguments).keys()
-    given = {k: v for k in names if (v := getattr(arguments, k)) is not None}
+    names = {"max_tokens", *(field.name for field in fields(Sampling))}
+    given = {k: v for k, v in vars(arguments).items() if k in names and v is not None}
     if "suppress_tokens" in given:
         given["suppress_tokens"] = tuple(given["suppress_tokens"])
-    if given.get("temperature") == 0:  # then what narrows sampling is of no use
-        asked = {k: v for k, v in asked.items() if k not in ("top_k", "top_p", "min_p")}
-    sampling = Sampling(**{**asked, **given})
-    if sampling.greedy and arguments.num_samples > 1:
+    return given
+
+
+def read_sampling(options: Mapping[str, Any], num_samples: int) -> "Sampling":
+    """How tokens are chosen.
+
+    Raises:
+        InputError: an option is out of range, or they do not go together.
+    """
+    from sampling import Sampling
+
+    if num_samples < 1:
+        raise InputError(f"num-samples is {num_samples}: it has to be at least 1")
+    sampling = Sampling(**{k: v for k, v in options.items() if k != "max_tokens"})
+    if sampling.greedy and num_samples > 1:
         raise InputError(
             "at temperature 0 all samples are the same: give a --temperature above 0"
         )
@@ -217,32 +220,34 @@ class Rules:
     model's files ask for. What they ask for is said, once."""
 
     def __init__(self, arguments: Namespace, pair: "Pair"):
-        self._arguments = arguments
         self._pair = pair
+        self._applied = arguments.task_defaults
+        self._num_samples = arguments.num_samples
+        self._given = read_given(arguments)
         self._said: set[str] = set()
         if arguments.bad_words:
-            arguments.bad_words_ids = _word_ids(pair, arguments.bad_words)
+            self._given["bad_words_ids"] = _word_ids(pair, arguments.bad_words)
 
     def of(self, prompt: "str | list[dict[str, str]]") -> tuple["Sampling", int]:
         """How tokens are chosen, and the most that may be."""
         from decoder import MAX_TOKENS
+        from defaults import DefaultsError
 
-        arguments = self._arguments
-        applied = arguments.task_defaults
+        options = {"max_tokens": MAX_TOKENS}
         try:
-            asked = self._pair.defaults(prompt)
-        except InputError as error:
-            if applied:
+            asked = self._pair.defaults(prompt, self._given)
+        except DefaultsError as error:
+            if self._applied:
                 raise
             self._say(f"{error}: what the model asks for is not known")
-            return read_sampling(arguments), arguments.max_tokens or MAX_TOKENS
-        given = [name for name, v in vars(arguments).items() if v is not None]
-        for line in asked.lines(applied, given):
-            self._say(line)
-        if not applied:
-            return read_sampling(arguments), arguments.max_tokens or MAX_TOKENS
-        most = arguments.max_tokens or asked.max_tokens or MAX_TOKENS
-        return read_sampling(arguments, asked.options), most
+        else:
+            for line in asked.lines(self._applied):
+                self._say(line)
+            if self._applied:
+                options |= asked.options
+                options["max_tokens"] = asked.max_tokens or MAX_TOKENS
+        options |= self._given
+        return read_sampling(options, self._num_samples), options["max_tokens"]
 
     def _say(self, line: str) -> None:
         if line not in self._said:
@@ -256,8 +261,15 @@ def _word_ids(pair: "Pair", words: Sequence[str]) -> tuple[tuple[int, ...], ...]
     for word in words:
         if not word.strip():
             raise InputError("a bad word is empty")
+        if any("\ud800" <= character <= "\udfff" for character in word):
+            raise InputError("a bad word is not valid UTF-8 text")
         for text in (word, f" {word}"):
-            found.append(tuple(pair.tokenizer.encode_word(text)))
+            tokens = tuple(pair.tokenizer.encode_word(text))
+            if not tokens or (len(tokens) == 1 and tokens[0] in pair.eos_tokens):
+                raise InputError(
+                    f"the bad word '{word}' has no token that could be banned"
+                )
+            found.append(tokens)
     return tuple(dict.fromkeys(found))
 
 
@@ -453,7 +465,7 @@ def main() -> None:
     check_options(most, arguments.num_draft, arguments.delta)
     # What the files ask for is known later, and may make these go together.
     if not arguments.task_defaults:
-        read_sampling(arguments)
+        read_sampling(read_given(arguments), arguments.num_samples)
 
     import fast_blas
 

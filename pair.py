@@ -13,10 +13,11 @@ import fast_blas
 
 import re
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from checkpoint import CONFIG, locate
@@ -222,20 +223,28 @@ class Pair:
         text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
         return [Generation(text, row, decode) for row in _by_row(commits, count)]
 
-    def defaults(self, prompt: "str | list[dict[str, str]]") -> Defaults:
+    def defaults(
+        self,
+        prompt: "str | list[dict[str, str]]",
+        given: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Defaults:
         """What the target's makers ask of whoever has it answer this prompt.
 
         Nothing of it is applied unless :meth:`samples` is told so.
 
+        Args:
+            given: options that are chosen already, see :meth:`defaults.Files.of`.
+
         Raises:
-            InputError: their files are odd, or the prompt is.
+            DefaultsError: their files are odd.
+            InputError: the prompt is.
         """
         if self.folder is None:
             return Defaults("")
         started = len(self._encode(prompt)) if is_causal(self.folder) else 1
         text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
         files = Files.read(self.folder)
-        return files.of(text, started, self.target.vocabulary)
+        return files.of(text, started, self.target.vocabulary, given)
 
     def forget(self) -> None:
         """Drop what is cached: the next prompt is encoded whole.

@@ -72,7 +72,8 @@ class Sampling:
             which ``generate`` passes over, is none.
         min_new_tokens: no end of the sequence before so many tokens.
         suppress_tokens: ids that are never chosen.
-        forced_bos_token_id: the first token.
+        forced_bos_token_id: the first token, of a text that starts from one token:
+            with a decoder-only model there is none.
         processors: more rules, applied after those above.
 
     Raises:
@@ -246,7 +247,12 @@ class NoPromptNgram:
 
 
 class BadWords:
-    """Bans the last token of a word where its others precede it."""
+    """Bans the last token of a word where its others precede it.
+
+    Words of like length are compared at once, the shorter ones padded.
+    """
+
+    _ANY = -2  # matches whatever there is, or is not
 
     def __init__(self, words: Collection[tuple[int, ...]], vocabulary: int):
         """
@@ -255,22 +261,23 @@ class BadWords:
         """
         alone = [word[0] for word in words if len(word) == 1]
         self._alone = ban(vocabulary, alone) if alone else None
-        longer: dict[int, list[tuple[int, ...]]] = {}  # by length: one comparison each
+        longer: dict[int, list[tuple[int, ...]]] = {}  # by length, in powers of two
         for word in words:
             if len(word) > 1:
-                longer.setdefault(len(word), []).append(word)
-        self._longer = [mx.array(longer[length]) for length in sorted(longer)]
+                size = 1 << (len(word) - 2).bit_length()
+                padded = (self._ANY,) * (size + 1 - len(word)) + tuple(word)
+                longer.setdefault(size, []).append(padded)
+        self._longer = [mx.array(longer[size]) for size in sorted(longer)]
 
     def __call__(self, logits: mx.array, prefix: Prefix) -> mx.array:
         if self._alone is not None:
             logits = logits + self._alone
         for words in self._longer:  # (W, n)
-            before = words.shape[1] - 1
-            complete = mx.array(True)
-            for back in range(1, before + 1):
-                latest = _latest(prefix.tokens, logits.shape[1], back)
-                complete = complete & (latest[..., None] == words[:, before - back])
-            lasts = mx.broadcast_to(words[:, before], (len(logits), len(words)))
+            before, last = words[:, :-1], words[:, -1]
+            back = mx.arange(before.shape[1], 0, -1)
+            latest = _latest(prefix.tokens, logits.shape[1], back)[:, :, None]
+            complete = ((latest == before) | (before == self._ANY)).all(axis=-1)
+            lasts = mx.broadcast_to(last, (len(logits), len(words)))
             logits = mx.where(_mark(complete, lasts, logits.shape), -math.inf, logits)
         return logits
 
@@ -317,15 +324,16 @@ def ban(vocabulary: int, tokens: Collection[int]) -> mx.array:
     return mx.array(logits)
 
 
-def _latest(tokens: mx.array, positions: int, back: int) -> mx.array:
-    """(B, T) the ``back``-th last token before each position; -1 where there is none.
+def _latest(tokens: mx.array, positions: int, back: mx.array) -> mx.array:
+    """(B, T, N) the tokens so far back from each position; -1 where there is none.
 
     Args:
         tokens: (B, L), of a :class:`Prefix`.
         positions: T.
+        back: (N,), 1 for the token just before it.
     """
     length = tokens.shape[1]
-    places = mx.arange(length - positions, length) - (back - 1)
+    places = mx.arange(length - positions, length)[:, None] - (back - 1)
     return mx.where(places >= 0, tokens[:, mx.maximum(places, 0)], -1)
 
 
@@ -344,9 +352,9 @@ def _ban_ngrams(
     # complete[b, t, i]: at i ends an n-gram that the tokens before t began again.
     complete = there[..., before:]
     for back in range(1, before + 1):
-        latest = _latest(prefix.tokens, logits.shape[1], back)
+        latest = _latest(prefix.tokens, logits.shape[1], mx.array([back]))
         earlier = text[:, before - back : length - back]
-        same = earlier[:, None] == latest[..., None]
+        same = earlier[:, None] == latest
         complete = complete & same & (earlier >= 0)[:, None]
     shape = (*logits.shape[:2], length - before)
     banned = _mark(mx.broadcast_to(complete, shape), text[:, before:], logits.shape)
@@ -404,6 +412,11 @@ class Choices:
         self.num_draft = num_draft
         self._starts = np.array([len(start) for start in starts])
         self._prompts = prompts or [[] for _ in starts]
+        if sampling.forced_bos_token_id is not None and self._starts.max() > 1:
+            raise InputError(
+                "forced-bos-token-id is for models with an encoder: others have a "
+                "prompt where that token would be"
+            )
         # A generator for each row: its text must not depend on its neighbours.
         self._random = (
             []

@@ -55,12 +55,19 @@ class Tokenizer:
         Raises:
             InputError: the tokenizer fails at it.
         """
-        tokens, around = self.encode(text), self.encode("")
+        before, after = self._around
+        tokens = self.encode(text)
+        return tokens[before : len(tokens) - after]
+
+    @cached_property
+    def _around(self) -> tuple[int, int]:
+        """How many special tokens go before a prompt, and after it."""
+        around, probe = self.encode(""), self.encode("a")
         for before in range(len(around), -1, -1):
-            after = len(tokens) - (len(around) - before)
-            if tokens[:before] + tokens[after:] == around and before <= after:
-                return tokens[before:after]
-        return tokens
+            after = len(around) - before
+            if around == probe[:before] + probe[len(probe) - after :]:
+                return before, after
+        return 0, 0
 
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
         """Token ids of a conversation, in the form that the model was trained on.

@@ -6,8 +6,12 @@ import json
 import shutil
 import sys
 
+import mlx.core as mx
+import numpy as np
 import pytest
 import torch
+from conftest import tiny_tokenizer
+from test_causal import tiny_causal
 from transformers import AutoModelForSeq2SeqLM, GenerationConfig
 
 import convert
@@ -18,7 +22,7 @@ from decoder import MAX_TOKENS
 from defaults import Files
 from errors import InputError
 from pair import Pair
-from sampling import Sampling
+from sampling import BadWords, Prefix, Sampling
 
 PROMPT = "the cat on the cat"
 
@@ -86,6 +90,10 @@ RULES = {
     "suppressed": {"suppress_tokens": [55, 39, 80, 95_000]},
     "forced": {"forced_bos_token_id": 30},
     "most": {"max_length": 6},
+    "least is nothing": {"min_length": 18, "min_new_tokens": 0},
+    "least is less than nothing": {"min_length": -1},
+    "forced, in a list": {"forced_bos_token_id": [30]},
+    "greedy, whatever sampling says": {"top_p": 2.0, "top_k": -1, "temperature": -1.0},
     "most new": {"max_new_tokens": 7, "max_length": 90},
     "least": {"min_length": 15, "repetition_penalty": 1.9},
     "least new": {"min_new_tokens": 18, "repetition_penalty": 1.9},
@@ -218,6 +226,7 @@ def test_tasks_are_told_by_how_a_prompt_begins(asks):
     # What counts the prompt, where there is no encoder.
     assert of(folder, "the cat: on", started=6).options["min_new_tokens"] == 3
     assert of(folder, "the cat: on", started=6).max_tokens == 14
+    assert of(folder, "the cat: on", started=6).asked["max_length"] == 20
     with pytest.raises(InputError, match="no token for an answer"):
         of(folder, "the cat: on", started=20)
 
@@ -228,12 +237,12 @@ def test_told_once_and_applied_when_asked(call, asks):
     status, out, err = call(*flags)
     assert status == 0
     asked, beams = err.splitlines()
-    assert "repetition_penalty 2.5, max_tokens 8, which --task-defaults app" in asked
+    assert "repetition_penalty 2.5, max_length 9, which --task-defaults app" in asked
     assert "num_beams 2" in beams and "cannot" in beams
     assert len(json.loads(out)["tokens"]) > 8
     status, out, err = call(*flags, "--task-defaults")
     assert status == 0
-    assert "asks for: repetition_penalty 2.5, max_tokens 8" in err
+    assert "asks for: repetition_penalty 2.5, max_length 9" in err
     pair = Pair.load(str(folder))
     rules = Sampling(repetition_penalty=2.5)
     expected = pair.generate(PROMPT, sampling=rules, max_tokens=8).finish().tokens
@@ -268,10 +277,11 @@ def test_sampling_that_is_asked_for(call, asks):
         ({"repetition_penalty": 0}, "repetition_penalty"),
         ({"bad_words_ids": [3]}, "bad_words_ids"),
         ({"max_length": 1}, "no token for an answer"),
-        ({"max_new_tokens": 0}, "no token for an answer"),
-        ({"do_sample": True, "temperature": 0}, "temperature of 0"),
+        ({"max_new_tokens": 0, "max_length": 9}, "max_new_tokens of 0"),
+        ({"do_sample": True, "temperature": 0}, "temperature"),
         ({"do_sample": 1}, "do_sample"),
-        ({"top_k": -1}, "top_k"),
+        ({"do_sample": True, "top_k": -1}, "top_k"),
+        ({"do_sample": True, "top_p": 0}, "top_p"),
         ({"suppress_tokens": "all"}, "suppress_tokens"),
     ],
 )
@@ -284,6 +294,75 @@ def test_odd_values_are_named_and_harmless(call, asks, fields, words):
     status, out, err = call(*flags, "--task-defaults")
     assert (status, out) == (2, "")
     assert words in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "fields, flags",
+    [
+        ({"repetition_penalty": -1}, ("--repetition-penalty", 1)),
+        ({"max_length": 1}, ("--max-tokens", MAX_TOKENS)),
+        ({"max_new_tokens": "x"}, ("--max-tokens", MAX_TOKENS)),
+        ({"min_length": "x", "min_new_tokens": -3}, ("--min-new-tokens", 0)),
+        ({"do_sample": True, "temperature": 0, "top_k": "x"}, ("--temperature", 0)),
+        ({"do_sample": True, "top_k": 7, "top_p": 0.8}, ("--temperature", 0)),
+    ],
+)
+def test_a_flag_takes_the_place_of_whatever_a_file_says(call, asks, fields, flags):
+    _, folder = asks(fields)
+    first = ("--model", folder, "--draft-model", "none", "--prompt", PROMPT)
+    status, out, err = call(*first, "--task-defaults", *flags)
+    assert (status, out) == (0, call(*first)[1])
+    assert not any(name in err for name in fields)
+
+
+def test_a_decoder_only_model(call, tmp_path):
+    """Lengths count the prompt; the first token is the prompt's, and none is forced;
+    what is wrong with a prompt is said once, and of it."""
+    reference = tiny_causal("llama")
+    reference.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    path = tmp_path / "generation_config.json"
+    fields = {"max_length": 14, "forced_bos_token_id": 30, "repetition_penalty": 1.3}
+    path.write_text(json.dumps({"eos_token_id": 1, "pad_token_id": 0} | fields))
+    reference.generation_config = GenerationConfig.from_pretrained(tmp_path)
+    flags = ("--model", tmp_path, "--draft-model", "none", "--json", "--task-defaults")
+    pair = Pair.load(str(tmp_path))
+    said = set()
+    for prompt in (PROMPT, "the cat", "the cat sat on the"):
+        ids = torch.tensor([pair.tokenizer.encode(prompt)])
+        with torch.no_grad():
+            expected = reference.generate(ids)[0, ids.shape[1] :].tolist()
+        status, out, err = call(*flags, "--prompt", prompt)
+        assert (status, json.loads(out)["tokens"]) == (0, expected)
+        said.add(err)
+    assert len(said) == 1
+    long = "the cat sat on " * 9
+    status, out, err = call(*flags, "--prompt", long)
+    assert status == 2 and "max_length of 14" in err and "--max-tokens" in err
+    assert call(*flags, "--prompt", long, "--max-tokens", 3)[0] == 0
+    for rest in ([], ["--task-defaults"]):
+        status, out, err = call(*flags[:-1], *rest, "--prompt", " ")
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert err.startswith("main.py: the prompt is empty")
+    forced = ("--prompt", "the cat", "--forced-bos-token-id", 3)
+    status, out, err = call(*flags, *forced)
+    assert status == 2 and "models with an encoder" in err
+
+
+def test_long_bad_words_cost_no_more_than_short_ones(make):
+    """A comparison for words of like length: not one for each of their tokens."""
+    words = [tuple(3 + (i + k) % 7 for i in range(k)) for k in range(2, 257)]
+    rule = BadWords([*words, (5,) * 20_000], 96)
+    assert len(rule._longer) < 12
+    logits = mx.zeros((1, 2, 96))
+    for length in (4, 60):
+        tokens = [3 + (i + 60) % 7 for i in range(length)]
+        prefix = Prefix(mx.array([tokens]), mx.zeros((1, 2)), mx.zeros((1, 1)))
+        got = np.isinf(np.array(rule(logits, prefix)[0]))
+        for place in range(2):
+            before = tuple(tokens[: length - 1 + place])
+            expected = {w[-1] for w in words if before[-len(w) + 1 :] == w[:-1]}
+            assert set(np.flatnonzero(got[place]).tolist()) == expected
 
 
 def test_converting_says_what_a_model_asks_for(asks, tmp_path, monkeypatch, capsys):
@@ -313,5 +392,10 @@ def test_bad_words_by_their_text(call, make):
     assert all(len(word) == 1 for word in ids)
     rules = Sampling(bad_words_ids=ids)
     assert after["tokens"] == pair.generate(PROMPT, sampling=rules).finish().tokens
-    status, _, err = call(*flags, "--bad-words", " ")
-    assert status == 2 and "empty" in err
+    for word, said in (
+        (" ", "empty"),
+        ("\udcff", "not valid UTF-8"),
+        ("</s>", "no token that could be banned"),
+    ):
+        status, _, err = call(*flags, "--bad-words", word)
+        assert status == 2 and said in err and err.count("\n") == 1

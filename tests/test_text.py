@@ -6,6 +6,7 @@ import pytest
 from conftest import VOCABULARY, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from errors import InputError
 from text import FILE, TextStream, Tokenizer
@@ -93,6 +94,21 @@ def test_same_size_is_not_the_same_tokenizer(folder, tokenizer, tmp_path):
     changed = Tokenizer(tmp_path)
     assert changed.size == tokenizer.size
     assert not tokenizer.same_ids(changed)
+
+
+@pytest.mark.parametrize("single", ["$A </s>", "<pad> $A", "</s> $A </s>", "$A"])
+def test_words_without_what_goes_around_a_prompt(tmp_path, single):
+    """A word that itself begins or ends with such a token keeps its own."""
+    tokenizer = tiny_tokenizer()
+    around = [("</s>", 1), ("<pad>", 0)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=single, special_tokens=around
+    )
+    tokenizer.save_pretrained(tmp_path)
+    ours = Tokenizer(tmp_path)
+    for text in ("the cat", "</s>the", "cat</s>", "<pad>a</s>", "a"):
+        expected = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+        assert ours.encode_word(text) == expected.ids
 
 
 def test_folder_without_a_tokenizer(tmp_path):
