@@ -243,27 +243,10 @@ def _defaults(
         for name, value in found.items()
         if value is not None and value != nothing.get(name)
     }
-    asked = dict(options)
-    least = fields.min_new_tokens
-    if least is not None:
-        asked["min_new_tokens"] = least
-    elif fields.min_length is not None:
-        least = max(0, fields.min_length - started)
-        asked["min_length"] = fields.min_length
+    least, most, lengths = _lengths(fields, where, started)
+    asked = options | lengths
     if least:
         options["min_new_tokens"] = least
-    else:
-        asked.pop("min_new_tokens", asked.pop("min_length", None))
-    most = fields.max_new_tokens
-    length = "max_length" if most is None else "max_new_tokens"
-    if getattr(fields, length) is not None:
-        asked[length] = getattr(fields, length)
-        most = asked[length] - started if most is None else most
-        if most < 1:
-            raise InputError(
-                f"{where} asks for a {length} of {asked[length]}, which leaves no "
-                f"token for an answer after the {started} before it: give --max-tokens"
-            )
     lacking = _differing(values, _LACKING)
     if "num_beams" in lacking:  # without beams they say nothing
         lacking |= _differing(
@@ -272,6 +255,32 @@ def _defaults(
     if fields.do_sample:
         lacking |= _differing(values, _LACKING_SAMPLED)
     return Defaults(where, options, most, asked, lacking)
+
+
+def _lengths(
+    fields: _Fields, where: str, started: int
+) -> tuple[int, int | None, dict[str, int]]:
+    """The fewest and the most new tokens, and the fields that say so.
+
+    As ``generate`` has it, those of new tokens go before those of all.
+    """
+    asked = {}
+    name = "min_length" if fields.min_new_tokens is None else "min_new_tokens"
+    value = getattr(fields, name) or 0
+    least = value - started if name == "min_length" else value
+    if least > 0:
+        asked[name] = value
+    name = "max_length" if fields.max_new_tokens is None else "max_new_tokens"
+    most = value = getattr(fields, name)
+    if value is not None:
+        asked[name] = value
+        most = value - started if name == "max_length" else value
+        if most < 1:
+            raise InputError(
+                f"{where} asks for a {name} of {value}, which leaves no token for an "
+                f"answer after the {started} before it: give --max-tokens"
+            )
+    return max(0, least), most, asked
 
 
 def _emitted(named: Collection[Any], vocabulary: int) -> tuple[Any, ...]:
