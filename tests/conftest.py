@@ -15,6 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import fast_blas  # noqa: F401  (before mlx: see there)
 
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,9 @@ import slow_tokenizer
 import spiece_tokenizer
 from text import reader_of
 
+# A shell's background has it ignored, by whatever is started from there as well.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("suite")
 torch.set_num_threads(1)
