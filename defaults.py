@@ -147,15 +147,8 @@ class Files:
         """Read a checkpoint folder, Hugging Face's or converted.
 
         Raises:
-            DefaultsError: a file is damaged.
+            InputError: a file is damaged.
         """
-        try:
-            return cls._read(folder)
-        except InputError as error:
-            raise DefaultsError(str(error)) from None
-
-    @classmethod
-    def _read(cls, folder: Path) -> "Files":
         config = read_json(folder / CONFIG)
         where, values = GENERATION_CONFIG, {}
         if is_file(folder / GENERATION_CONFIG):
@@ -189,7 +182,7 @@ class Files:
                 it takes the place of are not looked at.
 
         Raises:
-            DefaultsError: a field has an odd value; it is named.
+            InputError: a field has an odd value; it is named.
         """
         found = [
             (len(prefix), name)
@@ -213,10 +206,7 @@ class Files:
         if given.get("temperature") == 0 or values.get("do_sample") in (None, False):
             unread |= {"do_sample", *_SAMPLED}
         values = {k: v for k, v in values.items() if k not in unread}
-        try:
-            return _defaults(where, values, started, vocabulary, given)
-        except InputError as error:
-            raise DefaultsError(str(error)) from None
+        return _defaults(where, values, started, vocabulary, given)
 
 
 def _defaults(

@@ -21,9 +21,10 @@ of SmolLM2-135M in float32 over 1 / 2 / 6 / 64 rows, 2 cores of an AMD EPYC:
     OpenBLAS, 2 threads       139/148/184/469  225/307/402/656  2636/2976/4396/4984
     OpenBLAS, one thread      116/118/136/374  139/140/155/465  224/298/267/695
 
-So MKL gets TBB where that is installed, as it is with MKL's wheel. Else a core is left
-free, and one for each that was busy just before. Results do not depend on it: 1,800
-products of 144 kinds had the same bits, twice, beside two busy processes as well.
+(Medians; the first two lines in turn in one run, the others in another.) So MKL gets
+TBB where that is installed, as it is with MKL's wheel. Else a core is left free, and
+one for each that was busy just before. Results do not depend on it: 144 products of 8
+shapes, 25 times each, had the same bits, beside two busy processes as well.
 """
 
 import ctypes

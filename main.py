@@ -257,12 +257,13 @@ class Rules:
 
 def _word_ids(pair: "Pair", words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
     """The tokens of each word, at the start of a text and after a space."""
+    from pair import require_text
+
     found = []
     for word in words:
         if not word.strip():
             raise InputError("a bad word is empty")
-        if any("\ud800" <= character <= "\udfff" for character in word):
-            raise InputError("a bad word is not valid UTF-8 text")
+        require_text(word, "a bad word")
         for text in (word, f" {word}"):
             tokens = tuple(pair.tokenizer.encode_word(text))
             if not tokens or (len(tokens) == 1 and tokens[0] in pair.eos_tokens):

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -23,7 +24,7 @@ from typing import Any
 from checkpoint import CONFIG, locate
 from config import FAMILY, T5Config, find_size
 from decoder import DELTA, MAX_TOKENS, NUM_DRAFT, Commit, Stats, generate
-from defaults import Defaults, Files
+from defaults import Defaults, DefaultsError, Files
 from drafting import Drafter, LookupDrafter, ModelDrafter, Session
 from errors import InputError
 from files import read_json
@@ -241,10 +242,17 @@ class Pair:
         """
         if self.folder is None:
             return Defaults("")
-        started = len(self._encode(prompt)) if is_causal(self.folder) else 1
+        has_encoder = isinstance(self.target, T5Session)
+        started = 1 if has_encoder else len(self._encode(prompt))
         text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-        files = Files.read(self.folder)
-        return files.of(text, started, self.target.vocabulary, given)
+        try:
+            return self._files.of(text, started, self.target.vocabulary, given)
+        except InputError as error:
+            raise DefaultsError(str(error)) from None
+
+    @cached_property
+    def _files(self) -> Files:
+        return Files.read(self.folder)
 
     def forget(self) -> None:
         """Drop what is cached: the next prompt is encoded whole.
@@ -283,11 +291,16 @@ class Pair:
             text = message["content"]
             if not text.strip():
                 raise InputError("the prompt is empty: say what to do with which text")
-            if any("\ud800" <= character <= "\udfff" for character in text):
-                raise InputError("the prompt is not valid UTF-8 text")
+            require_text(text, "the prompt")
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
         return self.tokenizer.encode_chat(prompt)
+
+
+def require_text(text: str, what: str) -> None:
+    """Raise an InputError for what stands for bytes that were no UTF-8."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise InputError(f"{what} is not valid UTF-8 text")
 
 
 def find(name: str) -> Path:

@@ -16,6 +16,7 @@ import fast_blas  # noqa: F401  (before mlx: see there)
 
 import json
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,9 @@ from transformers import (
 )
 
 import convert
+import errors
 import fast_tokenizer
+import main
 import model
 import slow_tokenizer
 import spiece_tokenizer
@@ -161,6 +164,19 @@ def save_checkpoint(
     path.write_text(json.dumps(config))
     tiny_tokenizer(oracle.config.vocab_size).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run a program's main in this process: (status, stdout, stderr)."""
+
+    def run(*arguments, program=main):
+        name = f"{program.__name__}.py"
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        capsys.readouterr()  # what fixtures had to say
+        return errors.run(program.main, name), *capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -19,7 +20,6 @@ from transformers import DynamicCache, EncoderDecoderCache
 import baselines
 import benchmark
 import convert
-import errors
 from benchmark import Answer, Cell, Cost, Variant
 from decoder import Stats
 from pair import Pair
@@ -28,20 +28,16 @@ PROMPTS = ["the cat on", "cat sat", "a b c", "the the", "on sat e"]
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr("sys.argv", ["benchmark.py", *map(str, arguments)])
-        status = errors.run(benchmark.main, "benchmark.py")
-        return status, *capsys.readouterr()
-
-    return run
+def bench(call):
+    """Run benchmark.py in this process: (status, stdout, stderr)."""
+    return partial(call, program=benchmark)
 
 
-def test_whole_run(call, make, tmp_path):
+def test_whole_run(bench, make, tmp_path):
     """Every variant in the table, its text the plain one, and the same in the JSON."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(f"{prompt}\t{prompt}" for prompt in PROMPTS))
-    status, out, err = call(
+    status, out, err = bench(
         *("--model", make(num_decoder_layers=3)[2]),
         *("--draft-model", make(num_decoder_layers=1)[2]),
         *("--prompts", prompts, "--num-draft", "3,0,2", "--max-tokens", 12),
@@ -113,11 +109,11 @@ def answers(seconds: list[float], **stats) -> list[Answer]:
     return [Answer("", [3, 4], s, Stats(new_tokens=2, **stats)) for s in seconds]
 
 
-def test_sampled_and_relaxed_sweep(call, make, tmp_path):
+def test_sampled_and_relaxed_sweep(bench, make, tmp_path):
     """Every combination, each compared with plain decoding at its temperature."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS))
-    status, out, err = call(
+    status, out, err = bench(
         *("--model", make()[2], "--draft-model", make(noise=0.05)[2]),
         *("--prompts", prompts, "--num-draft", "2", "--max-tokens", 12),
         *("--temperature", "0,1", "--delta", "0,1", "--json", tmp_path / "f.json"),
@@ -137,7 +133,7 @@ def test_sampled_and_relaxed_sweep(call, make, tmp_path):
     assert "BLEU" not in out
 
 
-def test_beside_mlx_lm(call, tmp_path):
+def test_beside_mlx_lm(bench, tmp_path):
     """A decoder-only pair, cell by cell; greedy texts are the same."""
     folders = []
     for noise in (0.0, 0.03):
@@ -148,7 +144,7 @@ def test_beside_mlx_lm(call, tmp_path):
     prompts.write_text("\n".join(PROMPTS))
     flags = ["--model", folders[0], "--draft-model", folders[1], "--prompts", prompts]
     flags += ["--num-draft", "3", "--max-tokens", 20, "--json", tmp_path / "f.json"]
-    status, _, err = call(*flags, "--temperature", "0,1", "--baseline", "mlx-lm")
+    status, _, err = bench(*flags, "--temperature", "0,1", "--baseline", "mlx-lm")
     assert status == 0, err
     rows = json.loads((tmp_path / "f.json").read_text())["rows"]
     ours = {(row["num_draft"], row["temperature"]): row for row in rows[:4]}
@@ -164,11 +160,11 @@ def test_beside_mlx_lm(call, tmp_path):
     assert plain["tokens_per_round"] == 1
     per_round = ours[3, 0]["tokens_per_round"]
     assert drafted["tokens_per_round"] == pytest.approx(per_round, rel=0.01)
-    status, _, err = call(*flags, "--baseline", "transformers")
+    status, _, err = bench(*flags, "--baseline", "transformers")
     assert status == 2 and "only mlx-lm" in err
 
 
-def test_simulation(call, tmp_path):
+def test_simulation(bench, tmp_path):
     """In the models' real shapes; alpha is what was asked for, and it is labelled."""
     sizes = {
         "model_type": "t5",
@@ -182,7 +178,7 @@ def test_simulation(call, tmp_path):
     config = tmp_path / "config.json"
     config.write_text(json.dumps(sizes))
     for alpha in (0.7, 1.0):
-        status, out, err = call(
+        status, out, err = bench(
             *("--simulate-alpha", alpha, "--num-draft", "1,4"),
             *("--target-config", config, "--draft-config", tmp_path),
             *("--max-tokens", 100, "--limit", 2, "--json", tmp_path / "f.json"),
@@ -197,9 +193,9 @@ def test_simulation(call, tmp_path):
         for row in rows:
             assert row["equal"] == 2
             assert row["alpha"] == pytest.approx(alpha, abs=0.1)
-    status, _, err = call("--simulate-alpha", 0.5, "--target-config", "t5-huge")
+    status, _, err = bench("--simulate-alpha", 0.5, "--target-config", "t5-huge")
     assert status == 2 and "t5-huge" in err and "t5-11b" in err
-    status, _, err = call("--simulate-alpha", 0.5, "--temperature", 1)
+    status, _, err = bench("--simulate-alpha", 0.5, "--temperature", 1)
     assert status == 2 and "--temperature" in err
 
 
@@ -349,16 +345,16 @@ def test_references_are_grouped_and_scored(tmp_path):
         ('{"prompt": "a", "reference": 3}\n', "line 1: a reference that is no text"),
     ],
 )
-def test_bad_prompt_files(call, tmp_path, text, words):
+def test_bad_prompt_files(bench, tmp_path, text, words):
     path = tmp_path / "prompts"
     path.write_text(text)
-    status, out, err = call("--prompts", path)
+    status, out, err = bench("--prompts", path)
     assert (status, out) == (2, "")
     assert words in err
     assert err.count("\n") == 1
 
 
-def test_bad_flags(call, make, tmp_path):
+def test_bad_flags(bench, make, tmp_path):
     for arguments, words in (
         (["--num-draft", "x"], "neither a range"),
         (["--num-draft", "4..2"], "neither a range"),
@@ -376,12 +372,12 @@ def test_bad_flags(call, make, tmp_path):
         (["--plot", tmp_path / "f.sparkle"], "a plot is one of"),
         (["--prompts", tmp_path / "nowhere"], "cannot read"),
     ):
-        status, out, err = call(*arguments)
+        status, out, err = bench(*arguments)
         assert (status, out) == (2, "")
         assert words in err
         assert err.count("\n") == 1
     (tmp_path / "p").write_text("the cat\n")
-    status, _, err = call(
+    status, _, err = bench(
         *("--model", make()[2], "--draft-model", "none", "--prompts", tmp_path / "p")
     )
     assert status == 2

@@ -25,8 +25,6 @@ from transformers import (
 )
 
 import causal
-import errors
-import main
 from causal import CausalSession
 from drafting import LookupDrafter, ModelDrafter
 from errors import InputError
@@ -386,17 +384,6 @@ def test_lookup_against_a_plain_search(data):
                 follow = whole[places[-1] : places[-1] + 4]
                 expected = follow[: follow.index(-1)] if -1 in follow else follow
         assert got == expected
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["main.py", *map(str, arguments)])
-        capsys.readouterr()
-        status = errors.run(main.main, "main.py")
-        return status, *capsys.readouterr()
-
-    return run
 
 
 def test_command(call, saved):

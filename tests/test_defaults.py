@@ -17,7 +17,6 @@ from transformers import AutoModelForSeq2SeqLM, GenerationConfig
 import convert
 import defaults
 import errors
-import main
 from decoder import MAX_TOKENS
 from defaults import Files
 from errors import InputError
@@ -28,18 +27,6 @@ PROMPT = "the cat on the cat"
 
 # Of the length that it takes by itself, and of fields that say nothing as they are.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:transformers")
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run main.py in this process: (status, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["main.py", *map(str, arguments)])
-        capsys.readouterr()
-        return errors.run(main.main, "main.py"), *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ from conftest import HANG
 
 import checkpoint
 import convert
-import errors
 import main
 from checkpoint import WEIGHTS
 from decoder import Stats
@@ -33,19 +32,6 @@ PROMPT = "the cat on"
 def pair(make):
     """Folders of a target and of a draft that is often right."""
     return make()[2], make(noise=0.05)[2]
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run a program's main in this process: (status, stdout, stderr)."""
-
-    def run(*arguments, program=main):
-        monkeypatch.setattr(sys, "argv", ["program", *map(str, arguments)])
-        capsys.readouterr()  # what fixtures had to say
-        status = errors.run(program.main, "program")
-        return status, *capsys.readouterr()
-
-    return run
 
 
 def command(*arguments) -> list[str]:
