@@ -249,7 +249,7 @@ def step_cost(
     mx.eval(target.extend(mx.array([sequence[len(begin) - 1 : -1]])))
     known = len(sequence) - 1
     drafter.start([ids])
-    choices = Choices(cell.sampling, [begin], vocabulary, num_draft=size)
+    choices = Choices(cell.sampling, [begin], vocabulary)
     tokens = mx.array(rng.integers(0, vocabulary, (1, size)).astype(np.int32))
     probs = None
     if cell.temperature:
@@ -258,14 +258,16 @@ def step_cost(
 
     def judge(draft: Draft | None) -> float:
         began = time.perf_counter()
-        mx.eval(launch(target, choices.begin([sequence]), draft, cell.delta).report)
+        mx.eval(
+            launch(target, choices.begin([sequence], size), draft, cell.delta).report
+        )
         seconds = time.perf_counter() - began
         target.rewind([known])
         return seconds
 
     def draft() -> float:
         began = time.perf_counter()
-        chooser = choices.begin([sequence])
+        chooser = choices.begin([sequence], size)
         mx.eval(drafter.propose([sequence], size, chooser).tokens)
         return time.perf_counter() - began
 
@@ -570,6 +572,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
     add = parser.add_argument
     add("--model", metavar="NAME", help="target (default: as in main.py)")
     add("--draft-model", metavar="NAME", help="draft (default: as in main.py)")
+    add("--unverified", action="store_true", help="as in main.py")
     add(
         "--prompts",
         type=Path,

@@ -1,236 +1,24 @@
-"""Decoder-only models through mlx-lm: GPT-2, Llama, Qwen and the others that it has.
+"""The session of a decoder-only model: what the decoding loop asks of it.
 
-mlx-lm computes the forward pass; the decoding loop, acceptance and sampling are this
-project's. A session is what the loop asks for: prefill, extend, rewind to a length.
+mlx-lm computes the forward pass (:mod:`causal_model`); prefill, extending and rewinding
+to a length are here.
 """
 
 import fast_blas  # noqa: F401  (before mlx: see there)
 
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_map
 
-from checkpoint import CONFIG, GENERATION_CONFIG
-from config import Special, find_size, with_text
 from errors import InputError
-from files import read_json, typed
-from model import check_prompts, check_rewind, prepare_memory
+from model import check_prompts, check_rewind
 from sampling import ban
-from sources import open_checkpoint, weight_files
-
-HINT = "decoder-only models need mlx-lm: pip install -r requirements-causal.txt"
-
-#: What a config may call the number of its layers, and the most of anything else that
-#: it counts: heads, experts, inputs.
-_LAYERS = {"num_hidden_layers", "num_layers", "n_layers", "n_layer"}
-_MOST = 4096
 
 PREFILL = 2048  # prompt tokens that go through the model at a time
 ROOM = 256  # positions by which a cache grows
-
-
-def load(folder: Path) -> nn.Module:
-    """Load a checkpoint as it is: Hugging Face's or mlx-community's, quantized or not.
-
-    On a CPU the weights become float32, quantized ones too.
-
-    Raises:
-        InputError: mlx-lm is missing or does not have this architecture, the files are
-            damaged, or the weights do not fit the memory.
-    """
-    config = read_json(folder / CONFIG)
-    refuse_code(config, folder)
-    require_weights(config, folder)
-    try:
-        from mlx_lm.utils import _get_classes, dequantize_model, load_model
-    except ImportError:
-        raise InputError(HINT) from None
-    on_cpu = mx.default_device() == mx.cpu
-    if on_cpu:
-        mx.disable_compile()  # see model.load
-
-    def classes(config: dict[str, Any]) -> tuple[type, type]:
-        model_class, arguments = _get_classes(config)
-        if config.get("model_type") == "gpt2":
-            model_class = _with_saved_names(model_class)
-        return model_class, arguments
-
-    try:
-        model, _ = load_model(
-            folder,
-            lazy=True,
-            model_config=_rope(config) | _context(config),
-            get_model_classes=classes,
-        )
-    except Exception as error:  # of any kind, for whatever a folder may hold
-        raise InputError(f"mlx-lm cannot load {folder}: {error}") from None
-    if on_cpu:
-        model = dequantize_model(model)
-        model.update(tree_map(_widen, model.parameters()))
-    weights = tree_flatten(model.parameters())
-    prepare_memory(sum(weight.nbytes for _, weight in weights), folder)
-    mx.eval(model.parameters())
-    model.eval()
-    return model
-
-
-def refuse_code(config: dict[str, Any], folder: Path) -> None:
-    """See to it that the folder's model is one of mlx-lm's, not Python that it brings.
-
-    No code of a folder is ever run. ``auto_map`` names code as well; where transformers
-    has the architecture itself, as it has Phi-3, that is a leftover and not needed.
-
-    Raises:
-        InputError: the model is defined by code in its folder.
-    """
-    kind = config.get("model_type")
-    if not isinstance(kind, str) or not kind.isidentifier():
-        raise InputError(f"{folder / CONFIG} has no model_type that is a name")
-    needed = "model_file" if config.get("model_file") is not None else None
-    if not needed and config.get("auto_map") is not None:
-        from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
-        needed = None if kind in CONFIG_MAPPING_NAMES else "auto_map"
-    if needed:
-        raise InputError(
-            f"{folder / CONFIG} wants Python of the folder run ({needed}): no code "
-            f"that comes with a model is run here"
-        )
-
-
-def require_weights(config: dict[str, Any], folder: Path) -> None:
-    """See to it that the weights are whole, and that there are some for every layer.
-
-    mlx-lm makes the layers that a config asks for before it looks at the weights.
-
-    Raises:
-        InputError: they are damaged, missing, or fewer than the layers.
-    """
-    tensors = open_checkpoint(folder)
-    read = set(weight_files(folder))
-    for path in folder.glob("model*.safetensors"):
-        if path not in read:
-            raise InputError(
-                f"{path} is no part of the checkpoint, but mlx-lm would read it: move "
-                f"it away"
-            )
-    read_json(folder / "hf_quant_config.json", optional=True)  # mlx-lm reads it, too
-    filled = sum(tensor.bits.size > 0 for tensor in tensors.values())
-    for values in with_text(config):
-        for name, value in values.items():
-            most = _most(name, filled)
-            number = isinstance(value, int | float)
-            if most is not None and number and not value <= most:
-                raise InputError(
-                    f"{folder / CONFIG} does not fit the weights: its {name} is over "
-                    f"{most}, and they are {filled} tensors"
-                )
-
-
-def _most(name: str, tensors: int) -> int | None:
-    """The most that a number of this name may be, with so many tensors; None for one
-    that counts nothing."""
-    if name.endswith(("_size", "_dim")):
-        return 1 << 24
-    if name in _LAYERS:
-        return min(tensors // 2, 1000)
-    counts = any(word in name for word in ("num_", "layers", "expert"))
-    return _MOST if counts else None
-
-
-def _rope(config: dict[str, Any]) -> dict[str, Any]:
-    """The rotary embedding's settings where mlx-lm looks for them.
-
-    transformers 5 saves them in a group; mlx-lm's models that look for them beside it
-    would take their own defaults.
-    """
-    group = config.get("rope_parameters")
-    if not isinstance(group, dict) or "rope_theta" not in group:
-        return {}
-    found = {"rope_theta": group["rope_theta"]}
-    if group.get("rope_type", "default") != "default":
-        found["rope_scaling"] = group
-    return {name: value for name, value in found.items() if name not in config}
-
-
-def _context(config: dict[str, Any]) -> dict[str, Any]:
-    """GPT-2's positions by their older name, which transformers 5 leaves out."""
-    if config.get("model_type") != "gpt2" or "n_ctx" in config:
-        return {}
-    return {"n_ctx": config.get("n_positions")}
-
-
-def _with_saved_names(model_class: type) -> type:
-    """GPT-2 that also takes the names which transformers saves: mlx-lm has only those
-    of the first checkpoints, that the hub's ``gpt2`` to ``gpt2-xl`` still have."""
-
-    class Named(model_class):
-        def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-            return super().sanitize(
-                {
-                    name.removeprefix("transformer."): weight
-                    for name, weight in weights.items()
-                    if name != "lm_head.weight"  # the embedding once more
-                    and not name.endswith(".attn.masked_bias")
-                }
-            )
-
-    return Named
-
-
-def _widen(weight: mx.array) -> mx.array:
-    floating = mx.issubdtype(weight.dtype, mx.floating)
-    return weight.astype(mx.float32) if floating else weight
-
-
-def eos_tokens(folder: Path) -> frozenset[int]:
-    """The ids that end a text, of either config; there may be several.
-
-    Raises:
-        InputError: an id is no number.
-    """
-    found: set[int] = set()
-    for name in (CONFIG, GENERATION_CONFIG):
-        config = read_json(folder / name, optional=name != CONFIG)
-        ends = typed(config, Special, str(folder / name)).eos_token_id
-        found.update(ends if isinstance(ends, list) else [] if ends is None else [ends])
-    return frozenset(found)
-
-
-def positions(folder: Path, model: nn.Module) -> int | None:
-    """How many positions the model takes: those that it was trained with, and has an
-    embedding for where they are not computed; None where nothing says.
-
-    Raises:
-        InputError: the config says it, and no number.
-    """
-    config = read_json(folder / CONFIG)
-    said = find_size(config, "n_positions", "max_position_embeddings")
-    learned = [
-        weight.shape[0]
-        for name, weight in tree_flatten(model.parameters())
-        if name.endswith(("wpe.weight", "embed_positions.weight"))
-    ]
-    if said is not None:
-        learned.append(min(said, np.iinfo(np.int32).max))
-    return min(learned, default=None)
-
-
-def rows(model: nn.Module) -> int:
-    """How many ids a model has logits for, whatever its config says.
-
-    Raises:
-        InputError: its parts do not go together.
-    """
-    try:
-        return model(mx.array([[0]])).shape[-1]  # lazy: nothing is computed
-    except Exception as error:  # of any kind, for whatever a config may say
-        raise InputError(f"mlx-lm cannot run this model: {error}") from None
 
 
 class CausalSession:
@@ -247,12 +35,15 @@ class CausalSession:
         vocabulary: int,
         banned: Collection[int] = (),
         positions: int | None = None,
+        batches: bool = True,
     ):
         """
         Args:
             vocabulary: how many ids may be emitted: logits are cut to it.
             banned: ids below it that stand for nothing: their logits are -inf.
             positions: the most that may be fed.
+            batches: whether the model is known to be right about rows of different
+                lengths.
 
         Raises:
             InputError: the model's caches cannot be rewound.
@@ -262,6 +53,7 @@ class CausalSession:
         self.model = model
         self.vocabulary = vocabulary
         self.positions = positions
+        self.batches = batches
         self.lengths: list[int] = []
         self._ban = ban(vocabulary, banned) if banned else None
         self._new_caches = lambda: make_prompt_cache(model)
@@ -380,6 +172,11 @@ class RowCache:
         self._values: mx.array | None = None
 
     @property
+    def longest(self) -> int:
+        """How many positions the longest row has."""
+        return int(self._lengths.max())
+
+    @property
     def offset(self) -> mx.array:
         """(B,) int32, where each row's next position is."""
         return mx.array(np.minimum(self._lengths, self._last))
@@ -392,7 +189,10 @@ class RowCache:
     ) -> mx.array:
         """(B, 1, T, keys) bool: what each of ``size`` new positions may attend to."""
         places = self._lengths[:, None] + np.arange(size)
-        seen = np.arange(places.max() + 1) <= places[..., None]
+        keys = np.arange(places.max() + 1)
+        seen = keys <= places[..., None]
+        if window_size is not None:
+            seen &= keys > places[..., None] - window_size
         return mx.array(seen[:, None])
 
     def update_and_fetch(

@@ -45,7 +45,8 @@ class Stats:
         tested: draft tokens that were judged. What follows the first rejection, the
             end of the sequence or the budget was drafted in vain but not judged.
         accepted: draft tokens committed.
-        accept_histogram: at [i] the rounds that committed i draft tokens.
+        accept_histogram: at [i] the rounds that committed i draft tokens, up to the
+            most that one did.
         encode_seconds: encoding the prompt, by both models.
         decode_seconds: from there to the last token of this prompt, what the caller
             does between the commits included.
@@ -177,10 +178,9 @@ def generate(
             that are not finite.
     """
     check_options(max_tokens, num_draft, delta)
-    num_draft = min(num_draft, max_tokens - 1) if drafter else 0
     reach = (drafter and drafter.positions) or sys.maxsize
     if num_draft == 0 or max(map(len, prompts)) >= reach:
-        drafter, num_draft = None, 0
+        drafter = None
     mx.reset_peak_memory()
     started = time.perf_counter()
     sequences = [list(first) for first in target.start(prompts)]
@@ -193,9 +193,12 @@ def generate(
         target.vocabulary,
         eos_tokens=eos_tokens,
         prompts=prompts,
-        num_draft=num_draft,
         streams=streams,
     )
+    # The last token of a budget is the target's own, where that is what a draft token
+    # would have to be. Elsewhere it may be a draft token: a larger budget must give the
+    # same text. Nothing is drafted for what comes after it.
+    last = 1 if sampling.greedy and delta == 0 else 0
 
     room = target.positions or sys.maxsize
     reach = min(reach, room)
@@ -205,7 +208,6 @@ def generate(
             sequence,
             eos_tokens,
             min(max_tokens, room - len(sequence)),
-            num_draft,
             encoded,
         )
         for row, sequence in enumerate(sequences)
@@ -218,25 +220,24 @@ def generate(
         row.stats.encode_seconds = encoded - started
     ahead: Round | None = None
     while active := [row for row in rows if not row.finished]:
-        # The target adds a token of its own to every draft: more is never needed.
         left = max(row.left for row in active)
         if ahead is not None:
             current = ahead
         else:
             # A row without room would be fed what it has no positions for.
-            size = min(num_draft, left - 1, reach - max(map(len, sequences)))
-            chooser = choices.begin(sequences)
+            size = min(num_draft, left - last, reach - max(map(len, sequences)))
+            chooser = choices.begin(sequences, max(size, 0) if drafter else 0)
             draft = None
             if drafter and size > 0:
                 draft = drafter.propose(sequences, size, chooser)
-                draft.counts = _counts(draft, rows)
+                draft.counts = _counts(draft, [row.left - last for row in rows])
             current = launch(target, chooser, draft, delta)
         if drafter is None and left > 1:
             # All that the next plain round needs of this one is its token, which the
             # device has: build it while this one runs, and on a GPU queue it as well.
             # On a CPU, with no latency to hide, a last round in vain would cost more.
             mx.async_eval(current.report)
-            chooser = choices.begin(sequences, current.next_token)
+            chooser = choices.begin(sequences, following=current.next_token)
             ahead = launch(target, chooser, None, delta)
             if mx.default_device() == mx.gpu:
                 mx.async_eval(ahead.report)
@@ -249,17 +250,17 @@ def generate(
         yield from commits
 
 
-def _counts(draft: Draft, rows: list["_Row"]) -> list[int] | None:
+def _counts(draft: Draft, budgets: list[int]) -> list[int] | None:
     """How many tokens of each row's draft are to be judged; None for all.
 
     No more than its budget can take: where a neighbour has more left, this row's text
     is still the one it would have alone.
     """
     size = draft.tokens.shape[1]
-    counts = draft.counts or [size] * len(rows)
+    counts = draft.counts or [size] * len(budgets)
     counts = [
-        min(count, max(row.left - 1, 0))
-        for count, row in zip(counts, rows, strict=True)
+        min(count, max(budget, 0))
+        for count, budget in zip(counts, budgets, strict=True)
     ]
     return None if min(counts) == size else counts
 
@@ -353,13 +354,12 @@ class _Row:
         sequence: list[int],
         eos_tokens: AbstractSet[int],
         max_tokens: int,
-        num_draft: int,
         started: float,
     ):
         self.index = index
         self.left = max_tokens
         self.finished = False
-        self.stats = Stats(accept_histogram=[0] * (num_draft + 1))
+        self.stats = Stats()
         self._sequence = sequence
         self._eos_tokens = eos_tokens
         self._started = started
@@ -387,6 +387,7 @@ class _Row:
         stats.drafted += len(draft)
         stats.accepted += taken
         stats.tested += taken + rejected
+        stats.accept_histogram += [0] * (taken + 1 - len(stats.accept_histogram))
         stats.accept_histogram[taken] += 1
         stats.decode_seconds = time.perf_counter() - self._started
         stats.peak_memory_bytes = mx.get_peak_memory()

@@ -8,6 +8,7 @@ without a draft are all the same case.
 
 import fast_blas  # noqa: F401  (before mlx: see there)
 
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,6 +16,9 @@ import mlx.core as mx
 import numpy as np
 
 from sampling import Chooser
+
+#: Draft steps after which a step's token is looked at: nothing is of use behind an end.
+LOOK_BACK = 16
 
 
 @dataclass
@@ -39,10 +43,12 @@ class Session(Protocol):
     Attributes:
         vocabulary: ids below it may be fed and are what the logits are of.
         positions: how many may be fed to a row; None for any number.
+        batches: whether rows of different lengths may be started together.
     """
 
     vocabulary: int
     positions: int | None
+    batches: bool
 
     def start(self, prompts: list[list[int]]) -> list[list[int]]:
         """Encode or prefill; the tokens that each row's decoding starts from."""
@@ -72,7 +78,8 @@ class Drafter(Protocol):
     def propose(
         self, sequences: list[list[int]], num_draft: int, chooser: Chooser
     ) -> Draft:
-        """Guess the next ``num_draft`` tokens of each row; never wait for the device.
+        """Guess the next ``num_draft`` tokens of each row, or fewer where all rows
+        would end before; never wait for the device.
 
         Args:
             sequences: for each row the committed tokens, with those it started from.
@@ -106,6 +113,7 @@ class ModelDrafter:
         logits = self._catch_up(sequences)
         tokens: list[mx.array] = []
         probs: list[mx.array | None] = []
+        ended = np.zeros(len(sequences), bool)
         while True:
             token, q = chooser.draft(logits, tokens)
             mx.async_eval(token)  # it runs while the next step is being built
@@ -113,6 +121,12 @@ class ModelDrafter:
             probs.append(q)
             if len(tokens) == num_draft:
                 break
+            if len(tokens) > LOOK_BACK:
+                # Long done, while those after it wait for their turn: no time is lost.
+                old = np.array(tokens[-LOOK_BACK - 1])
+                ended |= np.isin(old, list(chooser.eos_tokens))
+                if ended.all():
+                    break
             logits = self.session.extend(token[:, None])[:, -1]
         self._proposed = mx.stack(tokens, axis=1)
         return Draft(self._proposed, None if q is None else mx.stack(probs, axis=1))
@@ -182,11 +196,17 @@ class LookupDrafter:
             row.after(sequence, num_draft)
             for row, sequence in zip(self._rows, sequences, strict=True)
         ]
+        found = [_up_to_end(tokens, chooser.eos_tokens) for tokens in found]
         counts = [len(tokens) for tokens in found]
         padded = np.zeros((len(found), max(counts)), np.int32)  # maybe no column
         for row, tokens in enumerate(found):
             padded[row, : len(tokens)] = tokens
         return Draft(mx.array(padded), counts=counts)
+
+
+def _up_to_end(tokens: list[int], eos_tokens: AbstractSet[int]) -> list[int]:
+    end = next((i for i, token in enumerate(tokens) if token in eos_tokens), None)
+    return tokens if end is None else tokens[: end + 1]
 
 
 class _Occurrences:

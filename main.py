@@ -106,6 +106,12 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
         help="apply what the model's files ask for: penalties, lengths, sampling, and "
         "T5's own for prompts like 'summarize: ...'; flags that are given hold",
     )
+    add(
+        "--unverified",
+        action="store_true",
+        help="take decoder-only models whose text nobody has compared with "
+        "transformers', too",
+    )
     add("--chat", action="store_true", help="apply the model's chat template")
     add(
         "--keep-special",
@@ -287,9 +293,19 @@ def load_pair(arguments: Namespace) -> "Pair":
             say("using the bundled pair: English to German, sentences of up to 8 words")
         else:
             say(f"using {model}" + (f" with {draft}" if not plain else ""))
+    pair_of = partial(Pair.load, unverified=arguments.unverified)
     if plain or draft == NO_DRAFT:
-        return Pair.load(model)
-    return Pair.load(model, draft) if draft else _load_with_default_draft(model)
+        pair = pair_of(model)
+    elif draft:
+        pair = pair_of(model, draft)
+    else:
+        pair = _load_with_default_draft(model, pair_of)
+    if not pair.batches:
+        say(
+            "not verified: nobody has compared this model's text with transformers'; "
+            "samples are decoded one after another"
+        )
+    return pair
 
 
 def _default_models() -> tuple[str, str]:
@@ -305,23 +321,23 @@ def _default_models() -> tuple[str, str]:
     )
 
 
-def _load_with_default_draft(model: str) -> "Pair":
+def _load_with_default_draft(model: str, pair_of: Callable[..., "Pair"]) -> "Pair":
     """The target with the converted t5-small, where that has the same tokenizer."""
     from checkpoint import MODELS, WEIGHTS
-    from pair import LOOKUP, DifferentTokenizersError, Pair, find
+    from pair import LOOKUP, DifferentTokenizersError, find
 
     draft = MODELS / DEFAULT_DRAFT
     why = "no draft model"
     model = str(find(model))  # once: it may ask the hub
     if (draft / WEIGHTS).is_file() and Path(model).resolve() != draft.resolve():
         try:
-            pair = Pair.load(model, str(draft))
+            pair = pair_of(model, str(draft))
         except DifferentTokenizersError:
             why = f"{DEFAULT_DRAFT} is no draft for this tokenizer"
         else:
             say(f"drafting with {DEFAULT_DRAFT}")
             return pair
-    pair = Pair.load(model, LOOKUP)
+    pair = pair_of(model, LOOKUP)
     say(f"{why}: drafting by prompt lookup (see --draft-model)")
     return pair
 
@@ -470,8 +486,8 @@ def main() -> None:
 
     import fast_blas
 
-    if fast_blas.wanted and not fast_blas.library:
-        say(fast_blas.HINT)
+    if fast_blas.hint:
+        say(fast_blas.hint)
     if arguments.verbose:
         _describe_machine()
     pair = load_pair(arguments)

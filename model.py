@@ -440,6 +440,7 @@ class T5Session:
         self.model = model
         self.vocabulary = min(vocabulary or math.inf, model.config.vocab_size)
         self.positions = None  # a relative position bias has no end
+        self.batches = True
         self.lengths: list[int] = []
         self._caches: list[LayerCache] = []
         self._bias_of: dict[int, list[mx.array]] = {}  # by capacity

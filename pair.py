@@ -15,7 +15,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -134,12 +134,16 @@ class Pair:
         self._latest: object = None  # whoever decodes on these caches
 
     @classmethod
-    def load(cls, model: str, draft_model: str | None = None) -> "Pair":
+    def load(
+        cls, model: str, draft_model: str | None = None, *, unverified: bool = False
+    ) -> "Pair":
         """Load models by folder or by name.
 
         Args:
             model: a converted T5, or a decoder-only model as :func:`find` finds it.
             draft_model: likewise, or :data:`LOOKUP`; None for no draft.
+            unverified: take decoder-only models, too, whose text nobody has compared
+                with transformers' (:mod:`verified`).
 
         Raises:
             InputError: a folder is missing or damaged, or the draft's embedding has too
@@ -170,12 +174,21 @@ class Pair:
                     f"the draft has {rows} embedding rows, but the target emits ids up "
                     f"to {vocabulary - 1}: they are no pair"
                 )
-            drafter = ModelDrafter(_session(draft_folder, tokenizer, vocabulary))
+            session = _session(draft_folder, tokenizer, vocabulary, unverified)
+            drafter = ModelDrafter(session)
         # After the draft: the threads are to fit the target.
-        target = _session(folder, tokenizer, vocabulary)
-        pair = cls(target, tokenizer, _eos_tokens(folder), drafter)
+        target = _session(folder, tokenizer, vocabulary, unverified)
+        pair = cls(target, tokenizer, _eos_tokens(folder, tokenizer), drafter)
         pair.folder, pair.draft_folder = folder, draft_folder
         return pair
+
+    @property
+    def batches(self) -> bool:
+        """Whether several texts are decoded together, or one after another: models
+        that are not verified are not known to be right about rows."""
+        drafts = self.drafter
+        sessions = [drafts.session] if isinstance(drafts, ModelDrafter) else []
+        return all(session.batches for session in (self.target, *sessions))
 
     def generate(self, prompt: str, **options: Any) -> Generation:
         """Answer a prompt; the options are those of :meth:`samples`."""
@@ -274,16 +287,21 @@ class Pair:
     ) -> Iterator[Commit]:
         encoded = [self._encode(prompt) for prompt in prompts]
         mine = self._latest = object()
-        for commit in generate(
-            self.target,
-            self.drafter,
-            encoded,
-            eos_tokens=self.eos_tokens,
-            **options,
-        ):
-            yield commit
-            if self._latest is not mine:
-                raise RuntimeError("another generation has begun on this pair")
+        together = self.batches or len(encoded) == 1
+        streams = options.pop("streams")
+        for first in [0] if together else range(len(encoded)):
+            end = None if together else first + 1
+            for commit in generate(
+                self.target,
+                self.drafter,
+                encoded[first:end],
+                eos_tokens=self.eos_tokens,
+                streams=streams[first:end],
+                **options,
+            ):
+                yield replace(commit, row=first + commit.row)
+                if self._latest is not mine:
+                    raise RuntimeError("another generation has begun on this pair")
 
     def _encode(self, prompt: "str | list[dict[str, str]]") -> list[int]:
         messages = [{"content": prompt}] if isinstance(prompt, str) else prompt
@@ -347,35 +365,38 @@ def embedding_rows(folder: Path) -> int:
     return rows
 
 
-def _session(folder: Path, tokenizer: Tokenizer, vocabulary: int) -> Session:
+def _session(
+    folder: Path, tokenizer: Tokenizer, vocabulary: int, unverified: bool
+) -> Session:
     """Load a model into a session that emits the tokenizer's ids alone."""
+    gaps = tokenizer.gaps(vocabulary)
     # Loaded before anything is as large as the config says: it fits the weights then.
     if not is_causal(folder):
         model = load(folder)
         fast_blas.fit_threads(parameter_count(model))
         slim(model)
-        return T5Session(model, vocabulary, tokenizer.gaps(vocabulary))
-    import causal  # mlx-lm takes a second to import
+        return T5Session(model, vocabulary, gaps)
+    import causal_model  # mlx-lm takes a second to import
+    from causal import CausalSession
 
-    model = causal.load(folder)
-    rows = causal.rows(model)
-    if vocabulary > rows:
+    found = causal_model.load(folder, unverified)
+    if vocabulary > found.rows:
         raise InputError(
             f"{folder / CONFIG} has a vocab_size that its weights have not: "
-            f"{vocabulary} ids, and {rows} rows"
+            f"{vocabulary} ids, and {found.rows} rows"
         )
-    fast_blas.fit_threads(parameter_count(model))
-    gaps = tokenizer.gaps(vocabulary)
-    positions = causal.positions(folder, model)
-    return causal.CausalSession(model, vocabulary, gaps, positions)
+    fast_blas.fit_threads(parameter_count(found.model))
+    return CausalSession(
+        found.model, vocabulary, gaps, found.positions, batches=found.verified
+    )
 
 
-def _eos_tokens(folder: Path) -> frozenset[int]:
+def _eos_tokens(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
     if not is_causal(folder):
         return T5Config.read(folder).eos_tokens
-    import causal
+    import causal_model
 
-    return causal.eos_tokens(folder)
+    return causal_model.eos_tokens(folder, tokenizer.end)
 
 
 def _by_row(commits: Iterator[Commit], count: int) -> list[Iterator[Commit]]:

@@ -390,7 +390,6 @@ class Choices:
         *,
         eos_tokens: Collection[int] = (),
         prompts: list[list[int]] | None = None,
-        num_draft: int = 0,
         streams: list[tuple[int, ...]] | None = None,
     ):
         """
@@ -399,7 +398,6 @@ class Choices:
             vocabulary: V of the target; a draft's logits are cut or padded to it.
             eos_tokens: what ends a row, for the rules that spare or ban it.
             prompts: what the rows answer, for the rules that look at it.
-            num_draft: the most draft tokens that a round will have.
             streams: what tells the rows' random numbers apart, beside the seed; by
                 default the row's number.
 
@@ -409,7 +407,8 @@ class Choices:
         self.sampling = sampling
         self.vocabulary = vocabulary
         self.chain = sampling.chain(vocabulary, eos_tokens)
-        self.num_draft = num_draft
+        self.eos_tokens = frozenset(eos_tokens)
+        self._round = 0
         self._starts = np.array([len(start) for start in starts])
         self._prompts = prompts or [[] for _ in starts]
         if sampling.forced_bos_token_id is not None and self._starts.max() > 1:
@@ -417,17 +416,11 @@ class Choices:
                 "forced-bos-token-id is for models with an encoder: others have a "
                 "prompt where that token would be"
             )
-        # A generator for each row: its text must not depend on its neighbours.
-        self._random = (
-            []
-            if sampling.greedy
-            else [
-                np.random.default_rng(
-                    np.random.SeedSequence(sampling.seed, spawn_key=key)
-                )
-                for key in streams or [(row,) for row in range(len(starts))]
-            ]
-        )
+        # Of its own for each row: its text must not depend on its neighbours.
+        self._random: list[_Random] = []
+        if not sampling.greedy:
+            keys = streams or [(row,) for row in range(len(starts))]
+            self._random = [_Random(sampling.seed, key) for key in keys]
 
     @cached_property
     def prompt(self) -> mx.array:
@@ -440,12 +433,17 @@ class Choices:
         return mx.array(padded)
 
     def begin(
-        self, sequences: list[list[int]], following: mx.array | None = None
+        self,
+        sequences: list[list[int]],
+        num_draft: int = 0,
+        *,
+        following: mx.array | None = None,
     ) -> "Chooser":
         """Begin a round.
 
         Args:
             sequences: for each row the committed tokens, with those it started from.
+            num_draft: the most tokens that it drafts.
             following: (B,) the token after those, where only the device has it yet.
         """
         last = following
@@ -460,12 +458,32 @@ class Choices:
             for row, sequence in enumerate(sequences):
                 committed[row, len(committed[row]) - len(sequence) :] = sequence
             generated = lengths + 1 - self._starts
-        # For drafting, for the target's own token, for judging the draft: as many
-        # whatever the number of tokens that this round really drafts.
-        size = 2 * self.num_draft + 1
-        rows = [row.random(size, dtype=np.float32) for row in self._random]
-        uniform = mx.array(np.stack(rows)) if rows else None
+        number, self._round = self._round, self._round + 1
+        size = 1 + 2 * num_draft
+        rows = [row.of_round(number, size) for row in self._random]
+        uniform = np.stack(rows) if rows else None
         return Chooser(self, last, committed, generated, uniform)
+
+
+class _Random:
+    """A row's random numbers, in [0, 1).
+
+    A round's do not depend on how many of them are used, by it or by those before: with
+    the same seed another budget gives the same text, cut off.
+    """
+
+    def __init__(self, seed: int, key: tuple[int, ...]):
+        sequence = np.random.SeedSequence(seed, spawn_key=key)
+        self._bits = np.random.Philox(sequence)
+        self._numbers = np.random.Generator(self._bits)
+        self._state = self._bits.state
+
+    def of_round(self, number: int, count: int) -> np.ndarray:
+        """The first ``count`` numbers of a round, float32."""
+        # Philox counts: its third word is the round's, the first two count within it.
+        self._state["state"]["counter"] = np.array([0, 0, number, 0], np.uint64)
+        self._bits.state = self._state
+        return self._numbers.random(count, dtype=np.float32)
 
 
 class Chooser:
@@ -475,6 +493,7 @@ class Chooser:
 
     Attributes:
         last: (B,) the last committed token of each row.
+        eos_tokens: the ids that end a row.
     """
 
     def __init__(
@@ -483,7 +502,7 @@ class Chooser:
         last: mx.array,
         committed: np.ndarray | None,
         generated: np.ndarray | None,
-        uniform: mx.array | None,
+        uniform: np.ndarray | None,
     ):
         """
         Args:
@@ -491,13 +510,18 @@ class Chooser:
                 where no processor asks for them.
             generated: (B,) how many of the committed, ``last`` included, were
                 generated; likewise.
-            uniform: (B, 2 num_draft + 1) in [0, 1); None when greedy.
+            uniform: (B, 1 + 2K) in [0, 1): for the target's own token, then for each
+                of K draft tokens one to draw it by and one to judge it by; None when
+                greedy.
         """
         self.sampling = choices.sampling
+        self.eos_tokens = choices.eos_tokens
         self.last = last
         self._choices = choices
         self._generated = generated
-        self._uniform = uniform
+        if uniform is not None:
+            self._drawing = mx.array(uniform[:, 1::2])
+            self._judging = mx.array(uniform[:, [0, *range(2, uniform.shape[1], 2)]])
         if committed is not None:
             self._committed = mx.array(committed)
 
@@ -544,10 +568,9 @@ class Chooser:
         if self.sampling.greedy:
             return mx.argmax(logits, axis=-1).astype(mx.int32), None
         q = self.sampling.probs(logits)
-        return draw(q, self._uniform[:, len(drafted)]), q
+        return draw(q, self._drawing[:, len(drafted)]), q
 
     def judging(self, drafted: int) -> mx.array:
         """Random numbers (B, K + 1): the first for the target's own token, the others
         for judging ``drafted`` tokens. None of them is used for drafting."""
-        start = self._choices.num_draft
-        return self._uniform[:, start : start + 1 + drafted]
+        return self._judging[:, : 1 + drafted]

@@ -100,6 +100,11 @@ class Tokenizer:
         """One more than the largest id that stands for a token."""
         return 1 + max(self.ids.values())
 
+    @property
+    def end(self) -> int | None:
+        """The id of what its files call the end of a text; None where they do not."""
+        return self.ids.get(TokenizerFiles.read(self._folder).roles.get("eos_token"))
+
     def gaps(self, size: int) -> list[int]:
         """The ids below ``size`` that stand for no token."""
         taken = np.zeros(size, bool)

@@ -24,7 +24,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-import causal
+import causal_model
 from causal import CausalSession
 from drafting import LookupDrafter, ModelDrafter
 from errors import InputError
@@ -103,7 +103,7 @@ def saved(tmp_path_factory):
 
 
 def session(folder, **options):
-    return CausalSession(causal.load(folder), VOCABULARY, **options)
+    return CausalSession(causal_model.load(folder).model, VOCABULARY, **options)
 
 
 def generated(oracle, prompt, count):
@@ -142,7 +142,8 @@ def test_logits(saved, kind):
 def drafters(saved, kind):
     """Good but imperfect, unrelated, hostile, of another width, and without a model."""
     wide = CausalSession(
-        causal.load(saved(kind, noise=0.03, size=VOCABULARY + 32)[1]), VOCABULARY
+        causal_model.load(saved(kind, noise=0.03, size=VOCABULARY + 32)[1]).model,
+        VOCABULARY,
     )
     return {
         "good": ModelDrafter(session(saved(kind, noise=0.03)[1])),
@@ -250,7 +251,7 @@ def test_positions_end(saved, num_draft, reach):
     """No model reads a position that it does not have. Where the target's end, the text
     does; where the draft's do, the target goes on alone."""
     oracle, folder = saved("gpt2", positions=20)
-    positions = causal.positions(folder, causal.load(folder))
+    positions = causal_model.load(folder).positions
     target = session(folder, positions=positions)
     draft = session(saved("gpt2", positions=20, noise=0.03)[1], positions=reach)
     fed = {20: [0], reach: [0]}
@@ -296,7 +297,7 @@ def test_forgotten_prompt_is_fed_again(saved):
 def test_caches_that_cannot_be_rewound(saved):
     from mlx_lm.models.cache import RotatingKVCache
 
-    model = causal.load(saved("llama")[1])
+    model = causal_model.load(saved("llama")[1]).model
     model.make_cache = lambda: [RotatingKVCache(8), RotatingKVCache(8)]
     with pytest.raises(InputError, match="RotatingKVCache, which cannot be rewound"):
         CausalSession(model, VOCABULARY)
@@ -323,7 +324,7 @@ def test_law(saved, tmp_path):
         with torch.no_grad():
             oracle.lm_head.weight *= 0.2
         oracle.save_pretrained(tmp_path / name)
-        sessions.append(CausalSession(causal.load(tmp_path / name), 8))
+        sessions.append(CausalSession(causal_model.load(tmp_path / name).model, 8))
         oracles.append(lambda prefixes, oracle=oracle: oracle(prefixes).logits[:, -1])
     prompt = [5, 3, 6, 4, 1]
     pair = TinyPair(sessions[0], ModelDrafter(sessions[1]), *oracles, prompt)
@@ -444,7 +445,7 @@ def test_without_mlx_lm(call, saved, monkeypatch):
     monkeypatch.setitem(sys.modules, "mlx_lm.utils", None)
     status, out, err = call("--model", saved("gpt2")[1], "--prompt", "a")
     assert (status, out) == (2, "")
-    assert err == f"main.py: {causal.HINT}\n"
+    assert err == f"main.py: {causal_model.HINT}\n"
 
 
 def test_damaged_checkpoints(call, saved, tmp_path):
@@ -464,10 +465,32 @@ def test_damaged_checkpoints(call, saved, tmp_path):
     assert status == 2 and err.count("\n") == 1 and "sparkle" in err
 
 
-def test_several_ends(tmp_path):
-    (tmp_path / "config.json").write_text('{"eos_token_id": 5}')
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')
-    assert causal.eos_tokens(tmp_path) == {5, 7}
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": ["x"]}')
+def test_ends(tmp_path):
+    """generation_config.json, then the config, then the tokenizer; of the text model
+    where a config has one."""
+
+    def ends(config, generation=None, tokenizer=None):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation or {}))
+        return causal_model.eos_tokens(tmp_path, tokenizer)
+
+    assert ends({"eos_token_id": 5}, {"eos_token_id": [6, 7]}, 8) == {6, 7}
+    assert ends({"eos_token_id": 5}, {"eos_token_id": None}, 8) == {5}
+    assert ends({"text_config": {"eos_token_id": [3, 4]}}, {}, 8) == {3, 4}
+    assert ends({}, {"top_k": 5}, 8) == {8}
+    assert ends({}) == frozenset()
     with pytest.raises(InputError, match="odd value in eos_token_id"):
-        causal.eos_tokens(tmp_path)
+        ends({}, {"eos_token_id": ["x"]})
+
+
+def test_end_of_the_tokenizer(saved, tmp_path):
+    """Where no config has one, as in mlx-lm."""
+    oracle, _ = saved("llama")
+    oracle.save_pretrained(tmp_path)
+    tokenizer = tiny_tokenizer(VOCABULARY)
+    tokenizer.save_pretrained(tmp_path)
+    for name in ("config.json", "generation_config.json"):
+        values = json.loads((tmp_path / name).read_text())
+        (tmp_path / name).write_text(json.dumps(values | {"eos_token_id": None}))
+    pair = Pair.load(str(tmp_path))
+    assert pair.eos_tokens == {tokenizer.eos_token_id}

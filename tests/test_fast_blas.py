@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -64,17 +64,97 @@ def test_what_the_environment_says_holds(name, value):
     assert not any("tbb" in library for library in libraries)
 
 
-def test_libraries_that_are_not_there(tmp_path, monkeypatch):
-    """MKL would end the process where it does not find what it is told to use."""
+@needs_mkl
+@pytest.mark.parametrize("value", ["", "abc", "0", "-1", "99999999999"])
+def test_settings_that_are_no_numbers_do_not_count(value):
+    """OpenMP's runtime ends in a segmentation fault at the last."""
+    assert threads_of(OMP_NUM_THREADS=value)[0] == "True"
+
+
+@needs_mkl
+def test_threads_that_the_environment_chooses_are_found():
+    """MKL ends the process where nobody has loaded TBB for it."""
+    libraries = threads_of(MKL_THREADING_LAYER="TBB")[1:]
+    assert libraries and libraries[0].startswith("libmkl_tbb_thread")
+
+
+@needs_mkl
+@pytest.mark.parametrize("first", ["import mlx.core", "import mlx.nn"])
+def test_too_late(first):
+    """MLX has its own library then, and it is said."""
+    code = f"{first}\nimport fast_blas; print(fast_blas.library, fast_blas.hint)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True
+    )
+    assert done.stdout.startswith("None hint: MLX was imported before"), done.stderr
+
+
+def test_without_mlx(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mlx", ModuleType("mlx"))
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert not fast_blas._computes_on_cpu()
+
+
+@pytest.fixture
+def parts(tmp_path, monkeypatch):
+    """A folder like a wheel's, and what MKL was told."""
     for name in ("MKL_NUM_THREADS", "OMP_NUM_THREADS", "MKL_THREADING_LAYER"):
         monkeypatch.delenv(name, raising=False)
-    handle = SimpleNamespace(MKL_Set_Threading_Layer=lambda layer: layer)
-    for name in ("libopenblas.so.0", "libmkl_rt.so", str(tmp_path / "libmkl_rt.so.3")):
-        assert not fast_blas._use_tbb(name, handle)
-    (tmp_path / "libmkl_tbb_thread.so.3").touch()
-    assert not fast_blas._use_tbb(str(tmp_path / "libmkl_rt.so.3"), handle)
-    (tmp_path / "libtbb.so.12").write_text("no library")
-    assert not fast_blas._use_tbb(str(tmp_path / "libmkl_rt.so.3"), handle)
+    said = []
+
+    def tell(layer):
+        said.append(layer)
+        return layer
+
+    def use(*names):
+        for path in tmp_path.iterdir():
+            path.unlink()
+        for name in ("libmkl_rt.so.3", "libiomp5.so", *names):
+            (tmp_path / name).touch()
+        handle = SimpleNamespace(MKL_Set_Threading_Layer=tell)
+        return fast_blas._use_tbb(str(tmp_path / "libmkl_rt.so.3"), handle)
+
+    monkeypatch.setattr(fast_blas.ctypes, "CDLL", lambda path, mode: _opened(path))
+    return SimpleNamespace(use=use, said=said)
+
+
+def _opened(path):
+    if not Path(path).is_file():
+        raise OSError(path)
+
+
+def test_libraries_that_are_not_there(parts):
+    """MKL would end the process where it does not find what it is told to use."""
+    both = "libmkl_tbb_thread.so.3", "libtbb.so.12"
+    assert parts.use(*both) and parts.said == [fast_blas._TBB]
+    for names in ((), both[:1], both[1:], ("libmkl_tbb_thread.so.2", both[1])):
+        assert not parts.use(*names)
+    assert parts.said == [fast_blas._TBB]
+    for name in ("libopenblas.so.0", "libmkl_rt.so"):
+        assert not fast_blas._use_tbb(name, None)
+
+
+def test_threads_that_cannot_be_started(parts, monkeypatch):
+    """A product would be handed on that was never made: one thread makes it."""
+
+    def refused(*_):
+        raise RuntimeError("can't start new thread")
+
+    assert fast_blas._can_start_threads()
+    monkeypatch.setattr(fast_blas._thread, "start_new_thread", refused)
+    assert not parts.use("libmkl_tbb_thread.so.3", "libtbb.so.12")
+    assert parts.said == [fast_blas._SEQUENTIAL]
+
+
+def test_a_library_without_its_parts(tmp_path):
+    library = tmp_path / "libmkl_rt.so.3"
+    assert not fast_blas._is_whole(library)
+    (tmp_path / "libmkl_core.so.3").touch()
+    (tmp_path / "libmkl_intel_lp64.so.2").touch()
+    assert not fast_blas._is_whole(library)
+    (tmp_path / "libmkl_intel_lp64.so.3").touch()
+    assert fast_blas._is_whole(library)
+    assert fast_blas._is_whole(Path("libopenblas.so.0"))
 
 
 @pytest.mark.parametrize(
@@ -99,6 +179,15 @@ def test_other_threads_leave_cores_free(monkeypatch, cores, load, parameters, ex
     monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
     fast_blas.fit_threads(parameters)
     assert said == [expected]
+
+    def unknown(*_):
+        raise OSError
+
+    monkeypatch.setattr(os, "getloadavg", unknown)
+    monkeypatch.setattr(os, "sched_getaffinity", unknown, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    fast_blas.fit_threads(10**9)
+    assert said.pop() == 3
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "3")
     fast_blas.fit_threads(parameters)
     assert said == [expected]

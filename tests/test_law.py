@@ -75,8 +75,8 @@ def no_residual(monkeypatch):
 
 def same_numbers_for_drafting_and_judging(monkeypatch):
     def judging(self, drafted):
-        last = self._choices.num_draft
-        return self._uniform[:, [last, *range(drafted)]]
+        own = self._judging[:, :1]
+        return mx.concatenate([own, self._drawing[:, :drafted]], axis=1)
 
     monkeypatch.setattr(sampling.Chooser, "judging", judging)
 

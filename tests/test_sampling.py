@@ -139,7 +139,8 @@ def test_rules_at_every_position_of_a_block(rule, data):
     shorter = [row[:-1] for row in rows]
     if all(shorter):
         last = mx.array([row[-1] for row in rows])
-        ahead = choices.begin(shorter, last).process(mx.array(logits), mx.array(block))
+        ahead = choices.begin(shorter, following=last)
+        ahead = ahead.process(mx.array(logits), mx.array(block))
         assert mx.array_equal(ahead, known).item()
     for row, tokens in enumerate(rows):
         rule_of_transformers = chain(options, prompt=prompts[row])
