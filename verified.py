@@ -28,6 +28,7 @@ class Row:
     Attributes:
         fields: honoured whatever they say, with transformers' defaults.
         only: honoured where they have one of these values, the default first.
+        idle: what has no effect with the values that ``only`` has.
         follow: honoured where they are missing, or what other fields make of them.
         activation: the field that names the feed-forward's activation, transformers'
             default, and the names of the one that mlx-lm has whatever it says.
@@ -46,6 +47,7 @@ class Row:
     feed_forward: tuple[str, ...]
     fused: bool = False
     only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    idle: tuple[str, ...] = ()
     follow: Mapping[str, Callable[[Config], Any]] = field(default_factory=dict)
     attention: str = "self_attn"
     rotary: Mapping[str, Any] | None = field(default_factory=dict)
@@ -302,6 +304,7 @@ ROWS: dict[str, Row] = {
             **_TIED,
         },
         only={"use_sliding_window": (False,)},
+        idle=("sliding_window",),
         follow={
             "head_dim": head_size,
             "layer_types": lambda config: [FULL] * config["num_hidden_layers"],
