@@ -31,4 +31,7 @@ for number, name in enumerate(("stdin", "stdout", "stderr")):
             os.dup2(opened, number)
             os.close(opened)
         os.set_inheritable(number, True)
-        setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w"))
+        mode = "r" if number == 0 else "w"
+        # Python's own stderr takes any character, whatever the locale says.
+        null = os.fdopen(number, mode, encoding="utf-8", errors="backslashreplace")
+        setattr(sys, name, null)
