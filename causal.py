@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from checkpoint import CONFIG, GENERATION_CONFIG
 from config import Special, find_size, with_text
-from errors import InputError
+from errors import InputError, TooLongError
 from files import read_json, typed
 from model import check_prompts, check_rewind, prepare_memory
 from sampling import ban
@@ -289,7 +289,7 @@ class CausalSession:
         check_prompts(prompts, self.vocabulary)
         for prompt in prompts:
             if self.positions and len(prompt) >= self.positions:
-                raise InputError(
+                raise TooLongError(
                     f"the prompt has {len(prompt)} tokens, but the model has positions "
                     f"for {self.positions} with its answer: shorten it"
                 )

@@ -81,8 +81,7 @@ def _is_memory(error: Exception) -> bool:
 
 def _no_memory(error: Exception) -> str:
     reason = str(error) or type(error).__name__
-    return f"the memory is used up ({reason}): shorten the prompt, or take a smaller \
-model"
+    return f"no memory is left ({reason}): shorten the prompt, or take a smaller model"
 
 
 def run(main: Callable[[], int | None], name: str) -> int:

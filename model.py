@@ -527,7 +527,9 @@ class T5Session:
         """Drop the batch and its caches."""
         self.lengths, self._caches = [], []
 
-    def _encoding_bytes(self, prompts: int, length: int, rows: int, ragged: bool) -> int:
+    def _encoding_bytes(
+        self, prompts: int, length: int, rows: int, ragged: bool
+    ) -> int:
         """What encoding takes at once, of so many prompts of this length for ``rows``.
 
         As ``mx.get_peak_memory`` has it, within a tenth: what goes through two layers,
