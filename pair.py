@@ -338,7 +338,8 @@ def _find_causal(name: str) -> Path | None:
     config = read_json(folder / CONFIG, optional=True)
     if not config or config.get("model_type") in [*FAMILY]:
         return None
-    refuse_encoder_decoder(config, name)
+    if config.get("model_file") is None and config.get("auto_map") is None:
+        refuse_encoder_decoder(config, name)  # of code it is said that it is not run
     return folder
 
 

@@ -80,6 +80,27 @@ def test_whose_errors_they_are():
         raise InputError("odd")
 
 
+def test_ctrl_c_when_all_is_done(tmp_path):
+    """While Python takes itself down: what was to be done is done, and the status 0."""
+    code = (
+        "import startup, os, sys\n"
+        "from errors import run\n"
+        "class Late:\n"
+        "    def __del__(self, kill=os.kill, pid=os.getpid()):\n"
+        "        kill(pid, 2)\n"
+        "late = Late()\n"
+        "sys.exit(run(lambda: print('done'), 'x.py'))\n"
+    )
+    (tmp_path / "program.py").write_text(code)
+    result = subprocess.run(
+        [sys.executable, str(tmp_path / "program.py")],
+        env=os.environ | {"PYTHONPATH": str(Path(errors.__file__).parent)},
+        capture_output=True,
+        text=True,
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "done\n", "")
+
+
 def test_ctrl_c_inside_an_import(tmp_path):
     """The process ends there: what is imported would make an abort of it, or an error.
     Elsewhere it is an exception, that cleans up."""
