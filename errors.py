@@ -107,13 +107,14 @@ def run(main: Callable[[], int | None], name: str) -> int:
     if before is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, interrupt)
     try:
-        status = main() or 0
+        try:
+            status = main() or 0
+        except _Done as done:
+            status = done.code
         sys.stdout.flush()
     except InputError as error:
         say(f"{name}: {one_line(str(error))}")
         status = 2
-    except _Done as done:
-        status = done.code
     except SystemExit as error:  # a library's, of which no user is to know
         say(f"{name}: {one_line(f'a library ended the program: {error.code}')}")
         status = 2

@@ -32,6 +32,19 @@ def test_help_is_no_error(capsys):
     assert capsys.readouterr().out.startswith("usage: x.py")
 
 
+def test_help_on_a_full_disk():
+    program = Path(errors.__file__).with_name("convert.py")
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            [sys.executable, str(program), "--help"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+
+
 def test_a_status_that_is_returned():
     assert run(lambda: 2, "x.py") == 2
     assert run(lambda: None, "x.py") == 0

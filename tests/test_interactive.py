@@ -3,6 +3,7 @@
 import fast_blas  # noqa: F401  (before mlx: see there)
 
 import io
+import json
 import os
 import pty
 import select
@@ -14,7 +15,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import HANG
+import torch
+from conftest import HANG, VOCABULARY, tiny_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import interactive
 import main
@@ -165,6 +168,70 @@ def test_turns_that_are_dropped(talk_to):
     asked, err = talk_to(*lines[:3], "f" * 9, keep_turns=0, **options)
     assert asked[-1] == ("f" * 9, ["s"])
     assert ":new" not in err
+
+
+STRICT = (
+    "{% for m in messages %}{% if m.role == 'system' %}"
+    "{{ raise_exception('no system here') }}{% endif %}{{ m.content }} {% endfor %}"
+)
+PLAIN = "{% for m in messages %}{{ m.content }} {% endfor %}"
+
+
+@pytest.fixture
+def chatting(tmp_path, call, monkeypatch):
+    """Chat with a tiny Llama of 30 positions: (status, prompts of the answers, err)."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        num_hidden_layers=1,
+        max_position_embeddings=30,
+        eos_token_id=1,
+        **sizes,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+
+    def run(lines: bytes, *flags: str, template: str = PLAIN):
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(tmp_path)
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines)))
+        models = ["--model", tmp_path, "--draft-model", "none", "--max-tokens", "3"]
+        suppressed = ["--suppress-tokens", "1", *map(str, range(14, 96))]
+        more = ["--chat", "--json", *suppressed, *flags]
+        status, out, err = call(*models, *more)
+        return status, [json.loads(line)["prompt"] for line in out.splitlines()], err
+
+    return run
+
+
+def test_a_conversation_beyond_the_positions(chatting):
+    lines = b"the cat sat on the cat sat\n" * 4 + b":new\nthe cat\n"
+    _, answered, err = chatting(lines, "--interactive")
+    assert len(answered) < 5
+    assert "begin another conversation with :new" in err
+    _, answered, err = chatting(lines, "--interactive", "--keep-turns", "1")
+    assert len(answered) == 5, err
+    assert err.count("oldest turns are dropped") == 1
+    _, answered, err = chatting(b"the cat " * 20 + b"\nthe\n", "--prompt", "-")
+    assert answered == ["the"]
+    assert err.startswith("main.py: line 1: the prompt has ")
+
+
+def test_system_messages(chatting):
+    """They go before what is asked, and a template may have no place for them."""
+    asked = ("--prompt", "the cat")
+    for flags in (["--system", "on on"], ["--system", ""]):
+        assert chatting(b"", *asked, *flags)[:2] == (0, ["the cat"])
+    long = ("--system", "the cat " * 20)
+    status, _, err = chatting(b"", *asked, *long)
+    assert status == 2 and "positions for 30" in err
+    status, _, err = chatting(b"", *asked, "--system", "x", template=STRICT)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "--system does not go with this model" in err
+    assert "no system here" in err
+    assert chatting(b"", *asked, template=STRICT)[0] == 0
+    assert "not valid UTF-8" in chatting(b"", *asked, "--system", "\udcff")[2]
 
 
 @pytest.mark.parametrize("flags", [["--prompt", "x"], ["--compare"]])
