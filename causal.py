@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from errors import InputError
+from errors import InputError, TooLongError
 from model import check_prompts, check_rewind
 from sampling import ban
 
@@ -81,7 +81,7 @@ class CausalSession:
         check_prompts(prompts, self.vocabulary)
         for prompt in prompts:
             if self.positions and len(prompt) >= self.positions:
-                raise InputError(
+                raise TooLongError(
                     f"the prompt has {len(prompt)} tokens, but the model has positions "
                     f"for {self.positions} with its answer: shorten it"
                 )

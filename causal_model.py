@@ -68,16 +68,7 @@ def load(folder: Path, unverified: bool = False) -> Causal:
     """
     config = read_json(folder / CONFIG)
     refuse_code(config, folder)
-    try:
-        known = verified.read(config)
-    except InputError as error:
-        raise InputError(f"{folder / CONFIG}: {error}") from None
-    if known is None and not unverified:
-        raise InputError(
-            f"{folder} is a {config.get('model_type')}, and nobody has compared its "
-            f"text with transformers': --unverified runs it as mlx-lm has it (compared "
-            f"are {', '.join(sorted(verified.ROWS))})"
-        )
+    known = verified.require(config, str(folder / CONFIG), unverified)
     quantization = _quantization(config, folder)
     require_weights(config, folder)
     on_cpu = mx.default_device() == mx.cpu

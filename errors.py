@@ -7,17 +7,32 @@ Anything else that escapes is a defect of this program and keeps its traceback.
 
 import argparse
 import os
+import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import NoReturn
 
 #: Characters of a message.
 LENGTH = 600
 
+#: How allocators say that there is no memory: MLX's, CUDA's, C++'s.
+_NO_MEMORY = re.compile(r"malloc|bad_alloc|out of memory|allocate", re.IGNORECASE)
+
 
 class InputError(Exception):
     """Something the user gave is wrong; the message says what to do about it."""
+
+
+class PromptError(InputError):
+    """It is the prompt, or what became of it: another prompt may be answered."""
+
+
+class TooLongError(PromptError):
+    """The prompt is too long, for the model's positions or for the memory; nothing has
+    been computed. A shorter one may be answered."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -26,30 +41,87 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see {self.prog} --help)")
 
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        raise _Done(status)
 
-def run(main: Callable[[], None], name: str) -> int:
+
+class _Done(SystemExit):
+    """There is nothing more to do, as after --help."""
+
+
+def say(line: str) -> None:
+    """A line for the person, not for the pipe; lost where stderr takes none."""
+    with suppress(OSError):
+        print(line, file=sys.stderr)
+
+
+@contextmanager
+def blame_prompt() -> Iterator[None]:
+    """Whatever input error happens inside is the prompt's, and so is a lack of memory.
+
+    Raises:
+        PromptError: instead of those.
+    """
+    try:
+        yield
+    except PromptError:
+        raise
+    except InputError as error:
+        raise PromptError(str(error)) from None
+    except (MemoryError, RuntimeError) as error:
+        if not _is_memory(error):
+            raise
+        raise PromptError(_no_memory(error)) from None
+
+
+def _is_memory(error: Exception) -> bool:
+    """Whether there was no memory: MLX has no exception of its own for that."""
+    return isinstance(error, MemoryError) or bool(_NO_MEMORY.search(str(error)))
+
+
+def _no_memory(error: Exception) -> str:
+    reason = str(error) or type(error).__name__
+    return f"no memory is left ({reason}): shorten the prompt, or take a smaller model"
+
+
+def run(main: Callable[[], int | None], name: str) -> int:
     """Call ``main`` and return the exit status that a command line should have.
 
-    0 when it returns, also when whoever read our output stopped reading; 2 with
-    one line on stderr for an :class:`InputError` and for files and disks that fail;
-    130 after Ctrl-C.
+    0 when it returns, or what it returns, also when whoever read our output stopped
+    reading; 2 with one line on stderr for an :class:`InputError`, for files, disks and
+    memory that fail, and for a library that ends the program; 130 after Ctrl-C.
     """
     status = 0
     interrupted = False
 
-    def interrupt(*_: object) -> NoReturn:
+    def interrupt(_: int, frame: FrameType | None) -> NoReturn:
         nonlocal interrupted
         interrupted = True
+        if _importing(frame):
+            # Extensions abort when they are interrupted as they are made, and there
+            # is nothing to clean up.
+            os._exit(130)
         raise KeyboardInterrupt
 
     before = signal.getsignal(signal.SIGINT)
     if before is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, interrupt)
     try:
-        main()
+        try:
+            status = main() or 0
+        except _Done as done:
+            status = done.code
         sys.stdout.flush()
     except InputError as error:
-        print(f"{name}: {one_line(str(error))}", file=sys.stderr)
+        say(f"{name}: {one_line(str(error))}")
+        status = 2
+    except SystemExit as error:  # a library's, of which no user is to know
+        say(f"{name}: {one_line(f'a library ended the program: {error.code}')}")
+        status = 2
+    except (MemoryError, RuntimeError) as error:
+        if not _is_memory(error):
+            raise
+        say(f"{name}: {one_line(_no_memory(error))}")
         status = 2
     except KeyboardInterrupt:
         status = 130
@@ -57,7 +129,7 @@ def run(main: Callable[[], None], name: str) -> int:
         _drop_stdout()
     except OSError as error:
         _drop_stdout()
-        print(f"{name}: {one_line(str(error))}", file=sys.stderr)
+        say(f"{name}: {one_line(str(error))}")
         status = 2
     except ImportError:
         # A library that is being imported makes an error of its own of a Ctrl-C.
@@ -68,6 +140,15 @@ def run(main: Callable[[], None], name: str) -> int:
         signal.signal(signal.SIGINT, before)
     _settle_device()
     return status
+
+
+def _importing(frame: FrameType | None) -> bool:
+    """Whether a module is being imported where ``frame`` is."""
+    while frame is not None and frame.f_code is not run.__code__:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def one_line(message: str) -> str:

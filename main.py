@@ -11,6 +11,7 @@ if __name__ == "__main__":
 
 import json
 import os
+import re
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,12 +20,21 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from errors import InputError, Parser, one_line, run
+from errors import (
+    InputError,
+    Parser,
+    PromptError,
+    blame_prompt,
+    one_line,
+    run,
+    say,
+)
 
 # What takes time to import is imported inside functions, so that Ctrl-C is clean from
 # the first moment on.
 if TYPE_CHECKING:
     from decoder import Stats
+    from messages import Messages
     from pair import Generation, Pair
     from sampling import Sampling
 
@@ -35,6 +45,7 @@ BUNDLED = tuple(
     Path(__file__).resolve().parent / "demo" / n for n in ("target", "draft")
 )
 NO_DRAFT = "none"
+NAME = "main.py"
 
 _DRAFTED, _RESET = "\x1b[32m", "\x1b[0m"  # green
 
@@ -43,7 +54,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
     from decoder import DELTA, MAX_TOKENS, NUM_DRAFT
     from pair import LOOKUP
 
-    parser = Parser(prog="main.py", description=__doc__.split("\n\n")[0])
+    parser = Parser(prog=NAME, description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add(
         "--model",
@@ -63,7 +74,8 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
     add(
         "--prompt",
         metavar="TEXT",
-        help="what to answer; '-' for standard input, a prompt a line (default: an "
+        help="what to answer; '-' for standard input, a prompt a line: one that cannot "
+        "be answered is named, the others are, and the exit status is 2 (default: an "
         "example)",
     )
     add(
@@ -114,12 +126,30 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
     )
     add("--chat", action="store_true", help="apply the model's chat template")
     add(
+        "--system",
+        metavar="TEXT",
+        help="with --chat: what the conversation begins with",
+    )
+    add(
+        "--keep-turns",
+        type=int,
+        metavar="N",
+        help="with --chat --interactive: drop the oldest turns of a conversation that "
+        "has become too long, but not the last N",
+    )
+    add(
         "--keep-special",
         action="store_true",
         help="show special tokens like <extra_id_0> in the text",
     )
     add("--color", action="store_true", help="show the draft's tokens in green")
     add("--json", action="store_true", help="print one JSON object instead of the text")
+    add(
+        "--separator",
+        metavar="TEXT",
+        help=r"print TEXT after each answer; \n, \t and \0 are what they are in C "
+        r"(default: \n)",
+    )
     add("--verbose", action="store_true", help="say more about models and rounds")
     return parser.parse_args(arguments)
 
@@ -185,11 +215,6 @@ def _add_sampling(add: Callable[..., Any]) -> None:
     option("forced-bos-token-id", int, "ID", "the id of the first token")
 
 
-def say(line: str) -> None:
-    """A line for the person, not for the pipe."""
-    print(line, file=sys.stderr)
-
-
 def read_given(arguments: Namespace) -> dict[str, Any]:
     """The options of how tokens are chosen that flags were given for."""
     from dataclasses import fields
@@ -234,8 +259,13 @@ class Rules:
         if arguments.bad_words:
             self._given["bad_words_ids"] = _word_ids(pair, arguments.bad_words)
 
-    def of(self, prompt: "str | list[dict[str, str]]") -> tuple["Sampling", int]:
-        """How tokens are chosen, and the most that may be."""
+    def of(self, prompt: "str | Messages") -> tuple["Sampling", int]:
+        """How tokens are chosen, and the most that may be.
+
+        Raises:
+            PromptError: the prompt cannot be read.
+            InputError: the rules are odd, or do not go together.
+        """
         from decoder import MAX_TOKENS
         from defaults import DefaultsError
 
@@ -253,7 +283,10 @@ class Rules:
                 options |= asked.options
                 options["max_tokens"] = asked.max_tokens or MAX_TOKENS
         options |= self._given
-        return read_sampling(options, self._num_samples), options["max_tokens"]
+        sampling = read_sampling(options, self._num_samples)
+        # Of no prompt in particular: said before one is answered.
+        sampling.chain(self._pair.target.vocabulary, self._pair.eos_tokens)
+        return sampling, options["max_tokens"]
 
     def _say(self, line: str) -> None:
         if line not in self._said:
@@ -282,7 +315,7 @@ def _word_ids(pair: "Pair", words: Sequence[str]) -> tuple[tuple[int, ...], ...]
 
 def load_pair(arguments: Namespace) -> "Pair":
     """Load the models that the flags ask for, or those they leave open."""
-    from pair import Pair
+    from pair import Pair, find
 
     plain = arguments.regular_decode or arguments.num_draft == 0
     model, draft = arguments.model, arguments.draft_model
@@ -299,6 +332,7 @@ def load_pair(arguments: Namespace) -> "Pair":
     elif draft:
         pair = pair_of(model, draft)
     else:
+        model = str(find(model, arguments.unverified))  # once: it may ask the hub
         pair = _load_with_default_draft(model, pair_of)
     if not pair.batches:
         say(
@@ -324,11 +358,10 @@ def _default_models() -> tuple[str, str]:
 def _load_with_default_draft(model: str, pair_of: Callable[..., "Pair"]) -> "Pair":
     """The target with the converted t5-small, where that has the same tokenizer."""
     from checkpoint import MODELS, WEIGHTS
-    from pair import LOOKUP, DifferentTokenizersError, find
+    from pair import LOOKUP, DifferentTokenizersError
 
     draft = MODELS / DEFAULT_DRAFT
     why = "no draft model"
-    model = str(find(model))  # once: it may ask the hub
     if (draft / WEIGHTS).is_file() and Path(model).resolve() != draft.resolve():
         try:
             pair = pair_of(model, str(draft))
@@ -342,19 +375,44 @@ def _load_with_default_draft(model: str, pair_of: Callable[..., "Pair"]) -> "Pai
     return pair
 
 
-def read_prompts(prompt: str | None) -> Iterator[str]:
-    """The prompts to answer, as they come in."""
+def read_prompts(prompt: str | None) -> Iterator[tuple[int | None, str]]:
+    """The prompts to answer, as they come in, each with the line that it is of standard
+    input.
+
+    Raises:
+        InputError: that begins as UTF-16 does.
+    """
     if prompt != "-":
-        yield EXAMPLE if prompt is None else prompt
+        yield None, EXAMPLE if prompt is None else prompt
         return
-    # Bytes that are not UTF-8 are named when their prompt's turn comes.
-    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
-    for line in sys.stdin:
+    from interactive import check_start, open_input
+
+    open_input()
+    for number, line in enumerate(sys.stdin, 1):
+        if number == 1:
+            check_start(line)
         if line.strip():
-            yield line.rstrip("\r\n")
+            yield number, line.rstrip("\r\n")
 
 
-def write_text(answer: "Generation", color: bool) -> None:
+def read_separator(text: str | None) -> str:
+    """What goes after each answer.
+
+    Raises:
+        InputError: nothing, or what is no text.
+    """
+    if text is None:
+        return "\n"
+    if not text:
+        raise InputError("the separator is empty; a NUL is written '\\0', in quotes")
+    from pair import require_text
+
+    require_text(text, "the separator")
+    escapes = {"n": "\n", "t": "\t", "0": "\0", "\\": "\\"}
+    return re.sub(r"\\([nt0\\])", lambda found: escapes[found[1]], text)
+
+
+def write_text(answer: "Generation", color: bool, separator: str) -> None:
     """Stream the text to stdout, the draft's tokens in green if ``color``.
 
     Interrupted, what is out stays, on a line of its own.
@@ -371,7 +429,7 @@ def write_text(answer: "Generation", color: bool) -> None:
         if started:
             print(_RESET if green else "", flush=True)
         raise
-    print(_RESET if green else "", flush=True)
+    print(_RESET if green else "", end=separator, flush=True)
 
 
 def write_json(answer: "Generation", sample: int | None) -> None:
@@ -465,11 +523,49 @@ def _describe_machine() -> None:
     say(f"MLX {mx.__version__} on {mx.default_device()}{blas}")
 
 
-def main() -> None:
-    sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale says
-    arguments = parse_arguments()
-    from decoder import MAX_TOKENS, Stats, check_options
+class Writer:
+    """Answers on stdout, as the flags ask for them."""
 
+    def __init__(self, arguments: Namespace):
+        self._json = arguments.json
+        self._separator = read_separator(arguments.separator)
+        terminal = sys.stdout.isatty()
+        self._color = arguments.color and terminal and "NO_COLOR" not in os.environ
+        # Whether a reader has to tell where an answer ends, and has only lines for it.
+        self._lines = (
+            not arguments.json
+            and arguments.separator is None
+            and (
+                arguments.num_samples > 1
+                or arguments.prompt == "-"
+                or (arguments.interactive and not terminal)
+            )
+        )
+
+    def __call__(self, answers: list["Generation"]) -> None:
+        """
+        Raises:
+            PromptError: they cannot be made.
+        """
+        for sample, one in enumerate(answers):
+            with blame_prompt():
+                if self._json:
+                    write_json(one, sample if len(answers) > 1 else None)
+                else:
+                    write_text(one, self._color, self._separator)
+            if self._lines and one.text and one.text.splitlines() != [one.text]:
+                self._lines = False  # once is enough
+                say(
+                    "an answer has line breaks of its own: --json or --separator TEXT "
+                    "show where the next one begins"
+                )
+
+
+def check_flags(arguments: Namespace) -> None:
+    """
+    Raises:
+        InputError: they do not go together.
+    """
     if arguments.interactive and (arguments.prompt is not None or arguments.compare):
         raise InputError("--interactive goes with neither --prompt nor --compare")
     if arguments.compare and (
@@ -478,6 +574,47 @@ def main() -> None:
         or arguments.draft_model == NO_DRAFT
     ):
         raise InputError("--compare needs a draft to compare with the target alone")
+    if arguments.system is not None and not arguments.chat:
+        raise InputError("--system needs --chat")
+    if arguments.keep_turns is not None:
+        if not (arguments.chat and arguments.interactive):
+            raise InputError("--keep-turns needs --chat --interactive")
+        if arguments.keep_turns < 0:
+            raise InputError(
+                f"keep-turns is {arguments.keep_turns}: it has to be at least 0"
+            )
+    if arguments.json and arguments.separator is not None:
+        raise InputError("--separator is for texts: --json has an object a line")
+
+
+def read_system(pair: "Pair", chat: bool, text: str | None) -> "Messages":
+    """The messages that every conversation begins with.
+
+    Raises:
+        InputError: there is no chat template, or it has no place for the system's.
+    """
+    from pair import require_text
+
+    if chat:
+        pair.tokenizer.require_chat()
+    if text is None:
+        return []
+    require_text(text, "the system's message")
+    system = [{"role": "system", "content": text}]
+    try:
+        pair.tokenizer.encode_chat([*system, {"role": "user", "content": "?"}])
+    except PromptError as error:
+        raise InputError(f"--system does not go with this model: {error}") from None
+    return system
+
+
+def main() -> int:
+    sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale says
+    arguments = parse_arguments()
+    from decoder import MAX_TOKENS, Stats, check_options
+
+    check_flags(arguments)
+    write = Writer(arguments)
     most = MAX_TOKENS if arguments.max_tokens is None else arguments.max_tokens
     check_options(most, arguments.num_draft, arguments.delta)
     # What the files ask for is known later, and may make these go together.
@@ -492,13 +629,13 @@ def main() -> None:
         _describe_machine()
     pair = load_pair(arguments)
     rules = Rules(arguments, pair)
-    color = arguments.color and sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    system = read_system(pair, arguments.chat, arguments.system)
 
     def answer(
         stream: int,
         prompt: str,
         num_draft: int = arguments.num_draft,
-        before: Sequence[dict[str, str]] = (),
+        before: "Sequence[dict[str, Any]]" = system,
     ) -> list["Generation"]:
         chat = [*before, {"role": "user", "content": prompt}]
         question = chat if arguments.chat else prompt
@@ -514,13 +651,6 @@ def main() -> None:
             keep_special=arguments.keep_special,
         )
 
-    def write(answers: list["Generation"]) -> None:
-        for sample, one in enumerate(answers):
-            if arguments.json:
-                write_json(one, sample if len(answers) > 1 else None)
-            else:
-                write_text(one, color)
-
     def figures(answers: list["Generation"]) -> None:
         report(Stats.of_batch([one.stats for one in answers]), arguments.verbose)
 
@@ -535,19 +665,30 @@ def main() -> None:
             figures,
             prefix=EXAMPLE_TASK if bundled else "",
             chat=arguments.chat,
+            system=system,
+            keep_turns=arguments.keep_turns,
         )
-        return
-    for number, prompt in enumerate(read_prompts(arguments.prompt)):
+        return 0
+    status = 0
+    for number, (line, prompt) in enumerate(read_prompts(arguments.prompt)):
         if arguments.prompt in (None, "-") and sys.stderr.isatty():
             # Bytes that were not UTF-8 are shown escaped; the answer names them.
             say("> " + prompt.encode("utf-8", "backslashreplace").decode())
-        answers = answer(number, prompt)
-        write(answers)
+        try:
+            answers = answer(number, prompt)
+            write(answers)
+        except PromptError as error:
+            if line is None:
+                raise
+            say(f"{NAME}: line {line}: {one_line(str(error))}")
+            status = 2
+            continue
         if not arguments.json or arguments.verbose:
             figures(answers)
         if arguments.compare:
             compare(partial(answer, number, prompt), arguments.num_draft, pair.forget)
+    return status
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, "main.py"))
+    sys.exit(run(main, NAME))

@@ -13,7 +13,6 @@ H = heads, D = head size, V = vocabulary.
 import fast_blas  # noqa: F401  (before mlx: see there)
 
 import math
-import os
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from itertools import cycle
@@ -26,8 +25,12 @@ from mlx.utils import tree_flatten
 
 from checkpoint import WEIGHTS, MappedWeights
 from config import QUANTIZED, Quantization, T5Config
-from errors import InputError
+from errors import InputError, PromptError
+from memory import fits, free, require_room, total
 from sampling import ban
+
+#: Head sizes for which a GPU's attention is one kernel, which stores no squares.
+FUSED = (64, 80, 128)
 
 #: Decoder layers that a CPU begins with at once: fewer take longer to hand over.
 LAYERS_AT_ONCE = 2
@@ -457,20 +460,21 @@ class T5Session:
             For each row the tokens that decoding starts from.
 
         Raises:
-            InputError: an empty prompt, an id that the embedding has no row for, or a
-                prompt too long for the memory.
+            PromptError: an empty prompt, or an id that the embedding has no row for.
+            TooLongError: the memory does not do; nothing has been computed.
         """
         check_prompts(prompts, self.model.config.vocab_size)
         once: dict[tuple[int, ...], int] = {}
         copy_of = [once.setdefault(tuple(prompt), len(once)) for prompt in prompts]
         longest = max(map(len, once))
-        self._check_length(longest)
+        ragged = any(len(prompt) < longest for prompt in once)
+        size = self._encoding_bytes(len(once), longest, len(prompts), ragged)
+        require_room(longest, size)
         tokens = np.zeros((len(once), longest), np.int32)
         padding = np.full((len(once), 1, 1, longest), -np.inf, np.float32)
         for row, prompt in enumerate(once):
             tokens[row, : len(prompt)] = prompt
             padding[row, ..., : len(prompt)] = 0
-        ragged = any(len(prompt) < longest for prompt in once)
         mask = mx.array(padding).astype(self.model.dtype) if ragged else None
         source = self.model.encode(mx.array(tokens), mask)
 
@@ -524,18 +528,28 @@ class T5Session:
         """Drop the batch and its caches."""
         self.lengths, self._caches = [], []
 
-    def _check_length(self, length: int) -> None:
-        """Every head has a position bias for every two tokens of the prompt."""
-        limit = memory_limit()
-        encoder = self.model.encoder
-        squares = encoder.bias_count * self.model.config.num_heads
-        size = squares * length**2 * self.model.dtype.size
-        if limit and mx.get_active_memory() + size > limit:
-            raise InputError(
-                f"the prompt has {length:,} tokens, for which attention needs "
-                f"{size / 1e9:.1f} GB, and this machine has {limit / 1e9:.1f} GB for "
-                f"weights and all: shorten it"
-            )
+    def _encoding_bytes(
+        self, prompts: int, length: int, rows: int, ragged: bool
+    ) -> int:
+        """What encoding takes at once, of so many prompts of this length for ``rows``.
+
+        As ``mx.get_peak_memory`` has it, within a tenth: what goes through two layers,
+        which are under way at once, and then either attention's squares or the keys and
+        values for the decoder.
+        """
+        config, heads = self.model.config, self.model.config.num_heads
+        inner = heads * config.d_kv
+        columns = 3 if config.gated else 2
+        layer = 4 * config.d_model + 7 * inner + columns * config.d_ff
+        # The bias of every two tokens, of each layer where those have their own.
+        squares = heads * (self.model.encoder.bias_count * (prompts if ragged else 1))
+        squares += heads if ragged else 0
+        if mx.default_device() == mx.cpu or config.d_kv not in FUSED:
+            squares += 2 * prompts * heads  # logits and their softmax
+        squares += 1  # which distance each is
+        sources = 2 * config.num_decoder_layers * rows * length * inner
+        numbers = 2 * prompts * length * layer + max(squares * length**2, sources)
+        return numbers * self.model.dtype.size * 11 // 10
 
     def _reserve(self, length: int) -> None:
         """Make room for ``length`` positions, zeroed: masked NaN would still spread."""
@@ -563,13 +577,13 @@ class T5Session:
 
 
 def check_prompts(prompts: list[list[int]], rows: int) -> None:
-    """Raise an InputError for an empty prompt, or for one with an id that the
+    """Raise a PromptError for an empty prompt, or for one with an id that the
     embedding, of ``rows`` rows, does not have: the device would read beyond it."""
     for prompt in prompts:
         if not prompt:
-            raise InputError("the prompt is empty")
+            raise PromptError("the prompt is empty")
         if max(prompt) >= rows or min(prompt) < 0:
-            raise InputError(
+            raise PromptError(
                 f"the prompt has the token id {max(prompt)}, but the model's "
                 f"embedding has {rows} rows: it was not trained with that token"
             )
@@ -666,10 +680,9 @@ def prepare_memory(size: int, folder: Path) -> None:
     Raises:
         InputError: they do not fit.
     """
-    limit = memory_limit()
     if mx.metal.is_available():
-        mx.set_wired_limit(limit)
-    if limit and mx.get_active_memory() + size > limit:
+        mx.set_wired_limit(total())
+    if not fits(size):
         advice = "take a smaller model"
         if mx.default_device() == mx.cpu:
             advice += ": a CPU computes in float32, whatever the weights are stored in"
@@ -680,17 +693,8 @@ def prepare_memory(size: int, folder: Path) -> None:
             )
         raise InputError(
             f"{folder} needs {size / 1e9:.1f} GB for its weights, and this machine has "
-            f"{limit / 1e9:.1f} GB for them: {advice}"
+            f"{free() / 1e9:.1f} GB for them: {advice}"
         )
-
-
-def memory_limit() -> int | None:
-    """The bytes that the device can use well; None where it has to say so itself."""
-    if mx.metal.is_available():
-        return int(mx.device_info()["max_recommended_working_set_size"])
-    if mx.default_device() == mx.cpu:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return None  # CUDA can page
 
 
 def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

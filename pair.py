@@ -14,7 +14,6 @@ import fast_blas
 import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,12 +25,13 @@ from config import FAMILY, T5Config, find_size
 from decoder import DELTA, MAX_TOKENS, NUM_DRAFT, Commit, Stats, generate
 from defaults import Defaults, DefaultsError, Files
 from drafting import Drafter, LookupDrafter, ModelDrafter, Session
-from errors import InputError
+from errors import InputError, PromptError
 from files import read_json
+from messages import last_text, read_prompt
 from model import T5Session, load, parameter_count
 from sampling import GREEDY, Sampling
 from slim import slim
-from sources import fetch_causal
+from sources import fetch_causal, refuse_encoder_decoder
 from text import TextStream, Tokenizer
 
 LOOKUP = "prompt-lookup"  # a draft without a model
@@ -150,16 +150,18 @@ class Pair:
                 few rows for the target's ids.
             DifferentTokenizersError: they are no pair; no weights are read.
         """
-        folder = find(model)
+        folder = find(model, unverified)
         draft_folder = None
         if draft_model not in (None, LOOKUP):
-            draft_folder = find(draft_model)
+            draft_folder = find(draft_model, unverified)
         tokenizer = Tokenizer(folder)
-        if draft_folder and not tokenizer.same_ids(Tokenizer(draft_folder)):
-            raise DifferentTokenizersError(
-                f"{draft_folder} and {folder} have different tokenizers: a draft has "
-                f"to be of the target's family"
-            )
+        if draft_folder:
+            difference = tokenizer.difference(Tokenizer(draft_folder))
+            if difference:
+                raise DifferentTokenizersError(
+                    f"{draft_folder} and {folder} have different tokenizers, and a "
+                    f"draft has to be of the target's family: {difference}"
+                )
         if draft_folder and is_causal(folder) != is_causal(draft_folder):
             raise InputError(
                 f"{draft_folder} is no draft for {folder}: one of them has no encoder"
@@ -213,18 +215,20 @@ class Pair:
 
         Args:
             prompt: a text, or a conversation: messages with "role" and "content", for
-                models with a chat template.
+                models with a chat template (see :func:`messages.read_prompt`).
             max_tokens, num_draft, delta, sampling: of :func:`decoder.generate`.
             stream: with another number a sample of the same seed is another one.
             keep_special: show special tokens, ``<extra_id_0>`` say, in the text, but
                 not what ends or pads it.
 
         Raises:
-            InputError: while iterating, for bad options or a prompt that is empty or
-                not text.
+            PromptError: at once, for a conversation that is none; while iterating, for
+                a prompt that is empty, not text or too long.
+            InputError: while iterating, for bad options.
             RuntimeError: while iterating after another generation has begun: a pair
                 has caches for one.
         """
+        prompt = read_prompt(prompt)
         commits = self._commits(
             [prompt] * count,
             max_tokens=max_tokens,
@@ -234,7 +238,7 @@ class Pair:
             streams=[(stream, row) for row in range(count)],
         )
         decode = self._decode_with_special if keep_special else self.tokenizer.decode
-        text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        text = last_text(prompt)
         return [Generation(text, row, decode) for row in _by_row(commits, count)]
 
     def defaults(
@@ -251,15 +255,16 @@ class Pair:
 
         Raises:
             DefaultsError: their files are odd.
-            InputError: the prompt is.
+            PromptError: the prompt is.
         """
         if self.folder is None:
             return Defaults("")
+        prompt = read_prompt(prompt)
         has_encoder = isinstance(self.target, T5Session)
         started = 1 if has_encoder else len(self._encode(prompt))
-        text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        text, vocabulary = last_text(prompt), self.target.vocabulary
         try:
-            return self._files.of(text, started, self.target.vocabulary, given)
+            return self._files.of(text, started, vocabulary, given)
         except InputError as error:
             raise DefaultsError(str(error)) from None
 
@@ -304,45 +309,56 @@ class Pair:
                     raise RuntimeError("another generation has begun on this pair")
 
     def _encode(self, prompt: "str | list[dict[str, str]]") -> list[int]:
-        messages = [{"content": prompt}] if isinstance(prompt, str) else prompt
-        for message in messages:
-            text = message["content"]
-            if not text.strip():
-                raise InputError("the prompt is empty: say what to do with which text")
-            require_text(text, "the prompt")
+        if not last_text(prompt).strip():
+            raise PromptError("the prompt is empty: say what to do with which text")
         if isinstance(prompt, str):
+            require_text(prompt, "the prompt")
             return self.tokenizer.encode(prompt)
+        for message in prompt:
+            require_text(message["content"], f"the {message['role']}'s message")
         return self.tokenizer.encode_chat(prompt)
 
 
 def require_text(text: str, what: str) -> None:
-    """Raise an InputError for what stands for bytes that were no UTF-8."""
+    """Raise a PromptError for what stands for bytes that were no UTF-8."""
     if any("\ud800" <= character <= "\udfff" for character in text):
-        raise InputError(f"{what} is not valid UTF-8 text")
+        raise PromptError(f"{what} is not valid UTF-8 text")
 
 
-def find(name: str) -> Path:
+def find(name: str, unverified: bool = False) -> Path:
     """The folder of a model.
 
     A converted T5, by folder or by its name in ``models/``; or a decoder-only model: a
     folder with its config, or a name on the hub, from where it is fetched.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or it cannot be fetched, or nothing here runs it.
     """
     try:
         return locate(name)
     except InputError as error:
-        folder = None
-        with suppress(InputError, OSError):
-            if not Path(name).is_dir():
-                # A T5 has to be converted, whatever the hub has to say after a while.
-                folder = None if _T5S.match(Path(name).name) else fetch_causal(name)
-            elif is_causal(Path(name)):
-                folder = Path(name)
+        folder = _find_causal(name, unverified)
         if folder is None:
             raise error from None
         return folder
+
+
+def _find_causal(name: str, unverified: bool) -> Path | None:
+    """The folder of a decoder-only model; None for what would have to be converted."""
+    folder = Path(name)
+    try:
+        here = folder.is_dir()
+    except (OSError, ValueError):  # a name that no file system takes
+        return None
+    if not here:
+        # A T5 has to be converted, whatever the hub has to say after a while.
+        return None if _T5S.match(folder.name) else fetch_causal(name, unverified)
+    config = read_json(folder / CONFIG, optional=True)
+    if not config or config.get("model_type") in [*FAMILY]:
+        return None
+    if config.get("model_file") is None and config.get("auto_map") is None:
+        refuse_encoder_decoder(config, name)  # of code it is said that it is not run
+    return folder
 
 
 def is_causal(folder: Path) -> bool:

@@ -25,7 +25,6 @@ class SlowTokenizer:
         Raises:
             InputError: there is none, or it is damaged.
         """
-        self._folder = folder
         self._tokenizer = _load(folder)
 
     def ids(self) -> dict[str, int]:
@@ -44,14 +43,16 @@ class SlowTokenizer:
             clean_up_tokenization_spaces=False,
         )
 
+    def has_chat_template(self) -> bool:
+        """Whether :meth:`encode_chat` has one to go by."""
+        return self._tokenizer.chat_template is not None
+
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
         """Token ids of a conversation whose next message is the assistant's.
 
         Raises:
-            InputError: there is no chat template, or not for these messages.
+            InputError: the chat template is not for these messages.
         """
-        if self._tokenizer.chat_template is None:
-            raise InputError(f"{self._folder} has no chat template: leave out --chat")
         try:
             return self._tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, return_dict=False

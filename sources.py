@@ -7,7 +7,8 @@ tensor costs memory while it is read.
 import math
 import mmap
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -273,18 +274,123 @@ def fetch(name: str, revision: str | None = None) -> Path:
         if revision is not None:
             raise InputError(f"{name} is a folder: --revision is for models on the hub")
         return Path(name)
-    from huggingface_hub import HfApi, errors, snapshot_download
+    from huggingface_hub import snapshot_download
 
     try:
-        files = [
-            file.rfilename
-            for file in HfApi().model_info(name, revision=revision).siblings or ()
-        ]
-        return Path(
-            snapshot_download(name, revision=revision, allow_patterns=needed(files))
-        )
+        with _refusals_explained(name, revision):
+            files = _files(name, revision)
+            return Path(
+                snapshot_download(name, revision=revision, allow_patterns=needed(files))
+            )
     except InputError:
         raise
+    except Exception as error:  # whatever the network stack raises
+        return _cached(name, revision, error)
+
+
+def fetch_causal(name: str, unverified: bool = False) -> Path | None:
+    """The folder of a decoder-only model on the hub; None if it is a T5.
+
+    Its config alone decides, before any weights are fetched.
+
+    Raises:
+        InputError: there is no such model, no access, no network; nothing here runs it.
+    """
+    import verified
+    from checkpoint import CONFIG
+    from config import FAMILY
+
+    config = read_json(_fetch_config(name))
+    if config.get("model_type") in [*FAMILY]:
+        return None
+    refuse_encoder_decoder(config, name)
+    _require_architecture(config.get("model_type"), f"{name}'s {CONFIG}")
+    verified.require(config, f"{name}'s {CONFIG}", unverified)
+    return fetch(name)
+
+
+def refuse_encoder_decoder(config: Mapping[str, Any], name: str) -> None:
+    """
+    Raises:
+        InputError: the config is that of an encoder-decoder outside the T5 family.
+    """
+    if config.get("is_encoder_decoder") is True:
+        raise InputError(
+            f"{name} is an encoder-decoder ({config.get('model_type')}): of those only "
+            f"the T5 family is run here"
+        )
+
+
+def _fetch_config(name: str) -> Path:
+    """A model's config, from the hub or of an earlier download."""
+    from huggingface_hub import hf_hub_download
+
+    from checkpoint import CONFIG
+
+    try:
+        with _refusals_explained(name):
+            files = _files(name, None)  # asked first: it does not try for half a minute
+            if CONFIG in files:
+                return Path(hf_hub_download(name, CONFIG))
+    except InputError:
+        raise
+    except Exception as error:  # whatever the network stack raises
+        try:
+            return Path(hf_hub_download(name, CONFIG, local_files_only=True))
+        except Exception:
+            raise InputError(
+                f"no model '{name}': neither a folder nor in models/, and the hub "
+                f"cannot be reached ({_reason(error)})"
+            ) from None
+    if "adapter_config.json" in files:
+        raise InputError(f"{name} {ADAPTER}")
+    raise InputError(f"{name} has no {CONFIG}: it is no model that could be run here")
+
+
+def _require_architecture(kind: Any, where: str) -> None:
+    """See to it that mlx-lm has what a config names, without importing a name of it.
+
+    Raises:
+        InputError: it has not, or is missing.
+    """
+    from importlib.util import find_spec
+
+    spec = find_spec("mlx_lm")
+    if spec is None or not spec.submodule_search_locations:
+        from causal_model import HINT
+
+        raise InputError(HINT)
+    if not isinstance(kind, str) or not kind.isidentifier():
+        raise InputError(f"{where} has no model_type that is a name")
+    models = Path(spec.submodule_search_locations[0]) / "models"
+    if is_file(models / f"{kind}.py"):
+        return
+    from mlx_lm.utils import MODEL_REMAPPING  # takes seconds, so only now
+
+    if kind not in MODEL_REMAPPING:
+        raise InputError(
+            f"{where} has the model_type '{kind}', which is neither of the T5 family "
+            f"nor one that mlx-lm has"
+        )
+
+
+def _files(name: str, revision: str | None) -> list[str]:
+    """What the hub has of a model."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()  # retries are no concern of a reader's
+    siblings = HfApi().model_info(name, revision=revision).siblings
+    return [file.rfilename for file in siblings or ()]
+
+
+@contextmanager
+def _refusals_explained(name: str, revision: str | None = None) -> Iterator[None]:
+    """What the hub refuses, as an InputError; what the network does goes on."""
+    from huggingface_hub import errors
+
+    try:
+        yield
     except errors.GatedRepoError:
         raise InputError(
             f"{name} is gated: accept its conditions on its page on the hub, then log "
@@ -297,31 +403,6 @@ def fetch(name: str, revision: str | None = None) -> Path:
             f"'{name}' is neither a folder nor a model on the hub, or a private one "
             f"(hf auth login)"
         ) from None
-    except Exception as error:  # whatever the network stack raises
-        return _cached(name, revision, error)
-
-
-def fetch_causal(name: str) -> Path | None:
-    """The folder of a decoder-only model on the hub; None if it is a T5.
-
-    Its config alone decides, before any weights are fetched.
-
-    Raises:
-        InputError: there is no such model, no access, no network.
-    """
-    from huggingface_hub import hf_hub_download
-
-    from checkpoint import CONFIG
-    from config import FAMILY
-
-    try:
-        config = hf_hub_download(name, CONFIG)
-    except Exception:  # whatever the network stack raises
-        raise InputError(f"'{name}' is no model on the hub, or out of reach") from None
-    kind = read_json(Path(config)).get("model_type")
-    if isinstance(kind, str) and kind in FAMILY:
-        return None
-    return fetch(name)
 
 
 def _cached(name: str, revision: str | None, error: Exception) -> Path:
@@ -343,11 +424,14 @@ def _cached(name: str, revision: str | None, error: Exception) -> Path:
             continue
         if is_file(folder / single) or is_file(folder / index):
             return folder
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     raise InputError(
-        f"cannot fetch {name} from the hub ({reason}): check the network and run this "
-        f"again (a download resumes where it stopped), or give a folder"
+        f"cannot fetch {name} from the hub ({_reason(error)}): check the network and "
+        f"run this again (a download resumes where it stopped), or give a folder"
     ) from None
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def needed(files: list[str]) -> list[str]:

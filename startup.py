@@ -11,6 +11,7 @@ Not for a module that others import, and importing next to nothing itself.
 """
 
 import _signal as signal  # the module around it imports others, for 10 ms
+import atexit
 import os
 import sys
 
@@ -23,6 +24,9 @@ def leave(*_: object) -> None:
 # Where it is ignored (nohup), it stays so.
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, leave)
+    # Registered first, called last: everything is out, and taking large libraries down
+    # lasts a while, in which Python would have it kill the process.
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
 
 for number, name in enumerate(("stdin", "stdout", "stderr")):
     if getattr(sys, name) is None:
@@ -31,4 +35,7 @@ for number, name in enumerate(("stdin", "stdout", "stderr")):
             os.dup2(opened, number)
             os.close(opened)
         os.set_inheritable(number, True)
-        setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w"))
+        mode = "r" if number == 0 else "w"
+        # Python's own stderr takes any character, whatever the locale says.
+        null = os.fdopen(number, mode, encoding="utf-8", errors="backslashreplace")
+        setattr(sys, name, null)

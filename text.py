@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from errors import InputError
+from errors import InputError, PromptError
 from fast_tokenizer import FILE, MERGES, VOCABULARY, FastTokenizer, is_plain
 from files import is_file, require_files
 from tokenizer_files import SPIECE, TokenizerFiles
@@ -45,15 +45,18 @@ class Tokenizer:
         """Token ids of a prompt, with the special tokens its model expects.
 
         Raises:
-            InputError: the tokenizer fails at it.
+            PromptError: the tokenizer fails at it.
         """
-        return self._within.encode(text)
+        try:
+            return self._within.encode(text)
+        except InputError as error:
+            raise PromptError(str(error)) from None
 
     def encode_word(self, text: str) -> list[int]:
         """Token ids of a text inside another: without what goes around a prompt.
 
         Raises:
-            InputError: the tokenizer fails at it.
+            PromptError: the tokenizer fails at it.
         """
         before, after = self._around
         tokens = self.encode(text)
@@ -73,19 +76,33 @@ class Tokenizer:
         """Token ids of a conversation, in the form that the model was trained on.
 
         Args:
-            messages: "role" (user or assistant) and "content" each; the next one is to
-                be the assistant's.
+            messages: "role" and "content" each; the next one is to be the assistant's.
 
         Raises:
-            InputError: the tokenizer has no chat template, or not for these.
+            InputError: the tokenizer has no chat template.
+            PromptError: it has, but not for these.
         """
-        return self._with_template.call("encode_chat", messages)
+        program = self._with_template
+        try:
+            return program.call("encode_chat", messages)
+        except InputError as error:
+            raise PromptError(str(error)) from None
+
+    def require_chat(self) -> None:
+        """
+        Raises:
+            InputError: the tokenizer has no chat template.
+        """
+        _ = self._with_template
 
     @cached_property
     def _with_template(self) -> "Confined":
         from confined import Confined
 
-        return Confined("slow_tokenizer", self._folder)
+        program = Confined("slow_tokenizer", self._folder)
+        if not program.call("has_chat_template"):
+            raise InputError(f"{self._folder} has no chat template: leave out --chat")
+        return program
 
     def decode(self, tokens: list[int]) -> str:
         """Text of token ids, special tokens left out, spaces as they were learned."""
@@ -115,6 +132,29 @@ class Tokenizer:
     def same_ids(self, other: "Tokenizer") -> bool:
         """Whether both give every id to the same token."""
         return self.ids == other.ids
+
+    def difference(self, other: "Tokenizer") -> str:
+        """The first id that is another token there, in words; empty without any."""
+        if self.same_ids(other):
+            return ""
+        ours, theirs = _by_id(self.ids), _by_id(other.ids)
+        first = min(
+            token
+            for token in ours.keys() | theirs.keys()
+            if ours.get(token) != theirs.get(token)
+        )
+        mine, its = (_name(tokens.get(first)) for tokens in (ours, theirs))
+        return f"token {first} is {its} in one and {mine} in the other"
+
+
+def _by_id(ids: dict[str, int]) -> dict[int, str]:
+    return {number: token for token, number in ids.items()}
+
+
+def _name(token: str | None) -> str:
+    if token is None:
+        return "none"
+    return repr(token if len(token) <= 40 else f"{token[:40]}...")
 
 
 class _Within(Protocol):

@@ -400,6 +400,29 @@ def read(config: Config) -> Verified | None:
     )
 
 
+def require(config: Config, where: str, unverified: bool) -> Verified | None:
+    """A config as :func:`read` has it, refused where that is None.
+
+    Args:
+        where: the file that it is, for the messages.
+        unverified: not then.
+
+    Raises:
+        InputError: the architecture has no row, or a field is not honoured.
+    """
+    try:
+        known = read(config)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    if known is None and not unverified:
+        raise InputError(
+            f"{where} has the model_type '{config.get('model_type')}', and nobody has "
+            f"compared its text with transformers': --unverified runs it as mlx-lm has "
+            f"it (compared are {', '.join(sorted(ROWS))})"
+        )
+    return known
+
+
 def _honoured(config: Config, name: str, default: Any) -> Any:
     """A field's value, or its default, of a type that goes with that."""
     value = config.get(name, default)

@@ -884,20 +884,34 @@ def test_a_name_that_is_not_utf8(hub, tmp_path):
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_closed_streams(mlx, hub, tmp_path, closed):
     """As cron starts programs: no traceback, and nothing but answers on stdout."""
-    ask = f"main.py --model {mlx} --draft-model none --max-tokens 2 --prompt the"
+    start = f"main.py --model {mlx} --draft-model none --max-tokens 2"
+    answers = {f"{start} --prompt the": 1, f"{start} --json": 1}
+    # What they read is closed as well: there are no prompts, or one.
+    lines = 0 if "<&-" in closed else 1
+    answers |= {f"{start} --prompt -": lines, f"{start} --interactive": lines}
     turn = f"convert.py --model {hub} --output {tmp_path / 'out'}"
-    for command in (ask, turn, "convert.py --list"):
+    helps = ["main.py --help", "convert.py --help", "benchmark.py --help"]
+    errors = ["main.py --nothing", f"main.py --model {tmp_path}", "convert.py --no"]
+    errors += ["benchmark.py --no"]
+    for command in (*answers, turn, "convert.py --list", *helps, *errors):
         result = subprocess.run(
             f"{sys.executable} {command} {closed}",
             shell=True,
             cwd=PROJECT,
+            input="the cat\n",
             capture_output=True,
             text=True,
         )
-        assert result.returncode == 0, result.stderr
+        assert result.returncode == (2 if command in errors else 0), result.stderr
         assert "Traceback" not in result.stderr + result.stdout
-        if command == ask and closed in ("<&-", "2>&-"):
-            assert len(result.stdout.splitlines()) == 1
+        out = result.stdout.splitlines()
+        if ">&- " in f"{closed} " and closed != "2>&-":
+            assert not out
+        elif command in answers:
+            assert len(out) == answers[command]
+        elif command in errors:
+            assert not out
+            assert len(result.stderr.splitlines()) == (closed != "2>&-")
 
 
 # The process that is confined.

@@ -2,6 +2,8 @@
 
 import fast_blas  # noqa: F401  (before mlx: see there)
 
+import io
+import json
 import os
 import pty
 import select
@@ -10,11 +12,16 @@ import sys
 import time
 from contextlib import closing, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from conftest import HANG
+import torch
+from conftest import HANG, VOCABULARY, tiny_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
 
+import interactive
 import main
+from errors import TooLongError
 from pair import Pair
 
 PROMPT = "the cat on"
@@ -59,6 +66,172 @@ def test_errors_do_not_end_it(command):
     assert done.returncode == 0, done.stderr
     assert b"not valid UTF-8" in done.stderr
     assert done.stdout.strip()
+
+
+def test_a_mark_at_the_start(command):
+    """Of UTF-8 it is no part of a line; after UTF-16's nothing can be read."""
+    for raw, status, said in (
+        (b"\xef\xbb\xbf:q\n", 0, b""),
+        ("\ufeffthe cat\n".encode("utf-16-le"), 2, b"is UTF-16, not UTF-8"),
+    ):
+        done = subprocess.run([*command], input=raw, capture_output=True, check=False)
+        assert (done.returncode, done.stdout) == (status, b""), done.stderr
+        assert said in done.stderr
+
+
+@pytest.fixture
+def talk_to(monkeypatch, capsys):
+    """Type lines: what was asked, each with the messages before it, and stderr.
+
+    An answer is the question in capitals; what is longer than ``limit`` characters in
+    all is too long.
+    """
+
+    def run(*lines: str, limit: int = 1000, **options):
+        asked = []
+
+        def answer(prompt, before):
+            return [SimpleNamespace(text=prompt.upper(), before=before, prompt=prompt)]
+
+        def write(current):
+            (one,) = current
+            size = sum(len(each["content"]) for each in one.before) + len(one.prompt)
+            if size > limit:
+                raise TooLongError("the prompt is too long: shorten it")
+            asked.append((one.prompt, [each["content"] for each in one.before]))
+
+        raw = io.BytesIO("\n".join(lines).encode())
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(raw))
+        interactive.converse(
+            answer, write, lambda _: None, **({"prefix": ""} | options)
+        )
+        return asked, capsys.readouterr().err
+
+    return run
+
+
+def test_spaces_at_the_start_are_the_prompts(talk_to):
+    """So a command begins with its colon."""
+    lines = [
+        "    return",
+        " :q",
+        "  ",
+        "\t:new ",
+        ":help ",
+        ":prefix  a b ",
+        " c",
+        ":q ",
+    ]
+    asked, err = talk_to(*lines, "after")
+    prompts = [prompt for prompt, _ in asked]
+    assert prompts == ["    return", " :q", "\t:new ", "a b  c"]
+    assert interactive.HELP in err
+    assert "no :news" in talk_to(":news now")[1]
+
+
+SYSTEM = [{"role": "system", "content": "s"}]
+
+
+def test_a_conversation_with_a_system_message(talk_to):
+    """It is there from the first line on, and after :new."""
+    asked, _ = talk_to("a", "b", ":new", "c", chat=True, system=SYSTEM)
+    assert asked == [("a", ["s"]), ("b", ["s", "a", "A"]), ("c", ["s"])]
+
+
+def test_a_conversation_that_is_too_long(talk_to):
+    """Without --keep-turns nothing is dropped: it is said what to do."""
+    lines = ["aaaa", "bbb", "c", ":new", "c", "ddddddddddd"]
+    asked, err = talk_to(*lines, limit=10, chat=True)
+    assert asked == [("aaaa", []), ("c", ["aaaa", "AAAA"]), ("c", [])]
+    said = "shorten it, or begin another conversation with :new\n"
+    assert err.count(said) == 2
+    err = talk_to("e" * 11, limit=10, chat=True)[1]
+    assert err == "the prompt is too long: shorten it\n"
+
+
+def test_turns_that_are_dropped(talk_to):
+    """The oldest, as many as it takes, but not the last ones and not the system's."""
+    lines = ["aa", "bb", "cc", "dd", "eeeeee"]
+    options = {"limit": 11, "chat": True, "system": SYSTEM}
+    asked, err = talk_to(*lines, keep_turns=1, **options)
+    assert asked == [
+        ("aa", ["s"]),
+        ("bb", ["s", "aa", "AA"]),
+        ("cc", ["s", "aa", "AA", "bb", "BB"]),
+        ("dd", ["s", "bb", "BB", "cc", "CC"]),
+        ("eeeeee", ["s", "dd", "DD"]),
+    ]
+    assert err.count("oldest turns are dropped") == 1
+    asked, err = talk_to(*lines[:3], "f" * 9, "g", keep_turns=1, **options)
+    assert ":new" in err
+    assert asked[-1] == ("g", ["s", "bb", "BB", "cc", "CC"])
+    asked, err = talk_to(*lines[:3], "f" * 9, keep_turns=0, **options)
+    assert asked[-1] == ("f" * 9, ["s"])
+    assert ":new" not in err
+
+
+STRICT = (
+    "{% for m in messages %}{% if m.role == 'system' %}"
+    "{{ raise_exception('no system here') }}{% endif %}{{ m.content }} {% endfor %}"
+)
+PLAIN = "{% for m in messages %}{{ m.content }} {% endfor %}"
+
+
+@pytest.fixture
+def chatting(tmp_path, call, monkeypatch):
+    """Chat with a tiny Llama of 30 positions: (status, prompts of the answers, err)."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        num_hidden_layers=1,
+        max_position_embeddings=30,
+        eos_token_id=1,
+        **sizes,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+
+    def run(lines: bytes, *flags: str, template: str = PLAIN):
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(tmp_path)
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines)))
+        models = ["--model", tmp_path, "--draft-model", "none", "--max-tokens", "3"]
+        suppressed = ["--suppress-tokens", "1", *map(str, range(14, 96))]
+        more = ["--chat", "--json", *suppressed, *flags]
+        status, out, err = call(*models, *more)
+        return status, [json.loads(line)["prompt"] for line in out.splitlines()], err
+
+    return run
+
+
+def test_a_conversation_beyond_the_positions(chatting):
+    lines = b"the cat sat on the cat sat\n" * 4 + b":new\nthe cat\n"
+    _, answered, err = chatting(lines, "--interactive")
+    assert len(answered) < 5
+    assert "begin another conversation with :new" in err
+    _, answered, err = chatting(lines, "--interactive", "--keep-turns", "1")
+    assert len(answered) == 5, err
+    assert err.count("oldest turns are dropped") == 1
+    _, answered, err = chatting(b"the cat " * 20 + b"\nthe\n", "--prompt", "-")
+    assert answered == ["the"]
+    assert err.startswith("main.py: line 1: the prompt has ")
+
+
+def test_system_messages(chatting):
+    """They go before what is asked, and a template may have no place for them."""
+    asked = ("--prompt", "the cat")
+    for flags in (["--system", "on on"], ["--system", ""]):
+        assert chatting(b"", *asked, *flags)[:2] == (0, ["the cat"])
+    long = ("--system", "the cat " * 20)
+    status, _, err = chatting(b"", *asked, *long)
+    assert status == 2 and "positions for 30" in err
+    status, _, err = chatting(b"", *asked, "--system", "x", template=STRICT)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "--system does not go with this model" in err
+    assert "no system here" in err
+    assert chatting(b"", *asked, template=STRICT)[0] == 0
+    assert "not valid UTF-8" in chatting(b"", *asked, "--system", "\udcff")[2]
 
 
 @pytest.mark.parametrize("flags", [["--prompt", "x"], ["--compare"]])

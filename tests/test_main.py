@@ -18,6 +18,7 @@ from conftest import HANG
 import checkpoint
 import convert
 import main
+import model
 from checkpoint import WEIGHTS
 from decoder import Stats
 from errors import InputError
@@ -126,7 +127,118 @@ def test_prompts_from_standard_input(call, pair, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(raw, encoding="ascii"))
     assert call(*arguments, "--prompt", "-")[1] == "".join(alone)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n")))
-    one_line(call(*arguments, "--prompt", "-"), "UTF-8")
+    one_line(call(*arguments, "--prompt", "-"), "main.py: line 1: ", "UTF-8")
+
+
+@pytest.fixture
+def type_in(monkeypatch):
+    """Have standard input be these bytes."""
+
+    def put(raw: bytes) -> None:
+        stream = io.TextIOWrapper(io.BytesIO(raw), encoding="ascii")
+        monkeypatch.setattr(sys, "stdin", stream)
+
+    return put
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_a_line_that_cannot_be_answered(call, pair, type_in, flags):
+    """It is named, the others are answered as without it, and the status is 2."""
+    arguments = (*models(pair), "--max-tokens", 10, "--prompt", "-", *flags)
+    type_in(f"{PROMPT}\n\n\xff\nthe cat\n".encode("latin-1"))
+    status, out, err = call(*arguments)
+    type_in(f"{PROMPT}\nthe cat\n".encode())
+    good = call(*arguments)
+    assert (status, good[0]) == (2, 0)
+    texts = [
+        [json.loads(line)["tokens"] for line in lines.splitlines()] if flags else lines
+        for lines in (out, good[1])
+    ]
+    assert texts[0] == texts[1]
+    named = [line for line in err.splitlines() if line.startswith("main.py: ")]
+    assert named == ["main.py: line 3: the prompt is not valid UTF-8 text"]
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (RuntimeError("[malloc_or_wait] Unable to allocate 9 bytes."), "no memory"),
+        (MemoryError(), "no memory"),
+        (InputError("the logits are not finite"), "not finite"),
+    ],
+)
+def test_a_line_that_fails_while_it_is_answered(
+    call, pair, type_in, monkeypatch, error, message
+):
+    start = model.T5Session.start
+
+    def fail(self, prompts):
+        if len(prompts[0]) > 5:
+            raise error
+        return start(self, prompts)
+
+    monkeypatch.setattr(model.T5Session, "start", fail)
+    type_in(b"the cat sat on the cat on\nthe cat\n")
+    status, out, err = call(*models(pair), "--prompt", "-", "--max-tokens", 4)
+    assert (status, len(out.splitlines())) == (2, 1)
+    assert "main.py: line 1: " in err
+    assert message in err
+    result = call(*models(pair), "--prompt", "the cat sat on the cat on")
+    one_line(result, message)
+
+
+def test_what_concerns_every_line(call, pair, type_in):
+    """It is said once, and the run is over."""
+    type_in(b"the cat\nthe cat\n")
+    flags = ("--prompt", "-", "--suppress-tokens", 999)
+    result = call(*models(pair), *flags)
+    one_line(result, "main.py: there is no token 999")
+    type_in(b"the cat\nthe cat\n")
+    one_line(call(*models(pair), "--prompt", "-", "--chat"), "no chat template")
+
+
+def test_byte_order_marks(call, pair, type_in):
+    """One that begins the input is no part of a prompt; UTF-16's is refused."""
+    arguments = (*models(pair), "--max-tokens", 5, "--prompt", "-", "--json")
+    type_in(b"\xef\xbb\xbfthe cat\r\n\xef\xbb\xbfon\n")
+    prompts = [json.loads(line)["prompt"] for line in call(*arguments)[1].splitlines()]
+    assert prompts == ["the cat", "\ufeffon"]
+    type_in(b"\xef\xbb\xbf\n")
+    assert call(*arguments) == (0, "", "")
+    for kind in ("utf-16", "utf-16-be"):
+        type_in("\ufeffthe\ncat".encode(kind))
+        if kind == "utf-16":
+            type_in("the\ncat".encode(kind))
+        one_line(call(*arguments), "standard input is UTF-16, not UTF-8")
+
+
+def test_separator(call, pair, type_in, monkeypatch):
+    """What a reader needs where answers have line breaks; said once where it does."""
+    flags = [*models(pair), "--prompt", "-", "--max-tokens", 2]
+    monkeypatch.setattr("text.Tokenizer.decode", lambda *_: "a\nb")
+
+    def outcome(*more):
+        type_in(b"the\ncat\n")
+        return call(*flags, *more)
+
+    status, out, err = outcome()
+    assert (status, out) == (0, "a\nb\na\nb\n")
+    assert err.count("--separator") == 1
+    for given, meant in (
+        (r"\0", "\0"),
+        (r"\n--\t", "\n--\t"),
+        ("|", "|"),
+        (r"\\n", r"\n"),
+    ):
+        status, out, err = outcome("--separator", given)
+        assert (status, out) == (0, f"a\nb{meant}" * 2)
+        assert "--separator" not in err
+    assert "--separator" not in call(*flags[:-4], "--prompt", "the")[2]
+    monkeypatch.setattr("text.Tokenizer.decode", lambda *_: "a b")
+    assert "--separator" not in outcome()[2]
+    one_line(outcome("--separator", ""), "separator is empty")
+    one_line(outcome("--separator", "\udcff"), "UTF-8")
+    one_line(outcome("--separator", "x", "--json"), "--separator is for texts")
 
 
 @pytest.mark.parametrize("name", ["t5-small", "google/flan-t5-xl", "x/madlad400-3b"])
@@ -321,6 +433,9 @@ def one_line(result, *words):
         (["--prompt", " \n"], ["prompt is empty"]),
         (["--prompt", "cat \udcff"], ["UTF-8"]),
         (["--model", "x" * 300], ["cannot look"]),
+        (["--system", "x"], ["--system needs --chat"]),
+        (["--keep-turns", "1", "--chat"], ["--keep-turns needs"]),
+        (["--keep-turns", "-1", "--chat", "--interactive"], ["keep-turns is -1"]),
     ],
 )
 def test_bad_flags(call, pair, arguments, words):
@@ -329,13 +444,16 @@ def test_bad_flags(call, pair, arguments, words):
 
 def test_bad_models(call, pair, other_tokenizer, damaged, make, tmp_path):
     none = ["--draft-model", "none"]
-    one_line(call("--model", "nowhere"), "nowhere", "convert.py --model nowhere")
+    one_line(call("--model", "t5-nowhere"), "convert.py --model t5-nowhere")
+    result = call("--model", "nowhere")
+    one_line(result, "no model 'nowhere'", "hub cannot be reached")
+    assert "convert" not in result[2]
     one_line(call("--model", tmp_path, *none), "holds no weights.npz")
     one_line(call("--model", make()[1], *none), "convert the checkpoint first")
     one_line(call("--model", damaged, *none), WEIGHTS, "convert the model again")
     one_line(
         call("--model", pair[0], "--draft-model", other_tokenizer),
-        "different tokenizers",
+        *("different tokenizers", "token 5 is '▁dog' in one and '▁cat' in the other"),
     )
     one_line(call("--model", pair[0], "--draft-model", "x"), "no model 'x'")
 
@@ -425,6 +543,19 @@ def test_closed_pipe_is_quiet(pair):
         assert process.wait(timeout=HANG) == 0
     assert "Traceback" not in err
     assert "pipe" not in err.lower()
+
+
+def test_a_stderr_that_takes_nothing(pair):
+    """The answer is what was asked for: it is not given up for a line beside it."""
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            command(*models(pair), "--prompt", PROMPT, "--max-tokens", 3),
+            stdout=subprocess.PIPE,
+            stderr=full,
+            text=True,
+        )
+    assert result.returncode == 0
+    assert len(result.stdout.splitlines()) == 1
 
 
 def test_help_needs_no_model(tmp_path):

@@ -13,9 +13,10 @@ from transformers import DynamicCache, EncoderDecoderCache
 from transformers.models.t5.modeling_t5 import T5Attention
 
 import config
+import memory
 import model
 from config import T5Config
-from errors import InputError
+from errors import InputError, TooLongError
 from pair import Pair
 from slim import is_slim, slim
 
@@ -274,15 +275,15 @@ def test_weights_that_do_not_fit(tmp_path):
 
 def test_prompt_too_long_for_the_memory(make, monkeypatch):
     """Attention's squares are counted before they are made, in every layer of umT5."""
+    monkeypatch.setattr(memory, "SMALL", 0)
     for fields in ({}, {"kind": "umt5", "num_layers": 3}):
         session = model.T5Session(model.load(make(**fields)[2]))
         squares = session.model.config.num_heads * (3 if fields else 1) * 4
-        used = mx.get_active_memory()
         with monkeypatch.context() as patch:
-            patch.setattr(model, "memory_limit", lambda n=used + squares * 100**2: n)
-            session.start([[5] * 90])
-            with pytest.raises(InputError, match="prompt has 101 tokens"):
-                session.start([[5], [5] * 101])
+            patch.setattr(memory, "free", lambda n=6 * squares * 1000**2: n)
+            session.start([[5] * 500])
+            with pytest.raises(TooLongError, match="prompt has 2,001 tokens"):
+                session.start([[5], [5] * 2001])
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,12 @@
 
 import fast_blas  # noqa: F401  (before mlx: see there)
 
+import importlib.util
 import json
 import os
 import pickle
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -13,13 +15,17 @@ import threading
 from collections import OrderedDict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import tiny_torch
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
+import causal_model
 import convert
+import pair
 import sources
 from checkpoint import WEIGHTS
 from errors import InputError
@@ -350,3 +356,139 @@ def test_no_network(hub):
     assert result.returncode == 2
     assert "cannot fetch tiny/t5" in result.stderr
     assert len(result.stderr.splitlines()) == 1, result.stderr
+
+
+class FakeHub:
+    """The hub's models: of each its files, the config's text, or an error instead.
+
+    What is fetched is noted; weights are none.
+    """
+
+    def __init__(self, folder: Path):
+        self.models: dict = {}
+        self.cached: set[str] = set()
+        self.fetched: list[str] = []
+        self._folder = folder
+
+    def model_info(self, name):
+        found = self.models.get(name) or self.error(RepositoryNotFoundError)
+        if isinstance(found, Exception):
+            raise found
+        files = [SimpleNamespace(rfilename=file) for file in found]
+        return SimpleNamespace(siblings=files)
+
+    def hf_hub_download(self, name, file, local_files_only=False):
+        found = self.models[name]
+        if local_files_only and name not in self.cached:
+            raise FileNotFoundError(name)
+        if isinstance(found, Exception):
+            found = {"config.json": {"model_type": "gpt2"}}
+        if isinstance(found[file], Exception):
+            raise found[file]
+        path = self._folder / name.replace("/", "--") / file
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(found[file]))
+        return str(path)
+
+    def snapshot_download(self, name, **options):
+        self.fetched.append(name)
+        if isinstance(self.models[name], Exception):
+            raise self.models[name]
+        return str(self._folder / name.replace("/", "--"))
+
+    @staticmethod
+    def error(kind):
+        return kind.__new__(kind, "refused")  # what else it takes varies by version
+
+
+@pytest.fixture
+def fake_hub(monkeypatch, tmp_path):
+    hub = FakeHub(tmp_path)
+    for name in ("hf_hub_download", "snapshot_download"):
+        monkeypatch.setattr(f"huggingface_hub.{name}", getattr(hub, name))
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.model_info",
+        lambda _, name, revision=None: hub.model_info(name),
+    )
+    return hub
+
+
+def model_with(**config) -> dict:
+    return {"config.json": config, "model.safetensors": None}
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        (None, "'some/model' is neither a folder nor a model on the hub, or a private"),
+        (FakeHub.error(GatedRepoError), "some/model is gated: accept its conditions"),
+        (
+            {"config.json": FakeHub.error(GatedRepoError)},
+            "some/model is gated: accept its conditions",
+        ),
+        (OSError("no route"), "no model 'some/model'.* cannot be reached .no route."),
+        ({"x.gguf": None}, "some/model has no config.json"),
+        ({"adapter_config.json": None}, "some/model holds an adapter"),
+        (
+            model_with(model_type="t5gemma", is_encoder_decoder=True),
+            "some/model is an encoder-decoder .t5gemma.: of those only the T5 family",
+        ),
+        (model_with(model_type="vit"), "model_type 'vit', which is neither"),
+        (model_with(model_type="../../x"), "no model_type that is a name"),
+        (model_with(model_type="os.path"), "no model_type that is a name"),
+        (model_with(), "no model_type that is a name"),
+    ],
+)
+def test_what_the_hub_has_nothing_of(fake_hub, model, message):
+    """Said as it is, never with advice to convert it, and no weights are fetched."""
+    fake_hub.models["some/model"] = model
+    with pytest.raises(InputError, match=message) as caught:
+        pair.find("some/model")
+    assert "convert" not in str(caught.value)
+    assert fake_hub.fetched == []
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "mistral"])
+def test_what_mlx_lm_has_is_fetched(fake_hub, kind):
+    """By its own name, or by one that it has for another's."""
+    fake_hub.models["some/model"] = model_with(model_type=kind)
+    assert pair.find("some/model").name == "some--model"
+    assert fake_hub.fetched == ["some/model"]
+
+
+def test_a_t5_on_the_hub_is_to_be_converted(fake_hub):
+    fake_hub.models["some/model"] = model_with(model_type="mt5")
+    with pytest.raises(InputError, match=r"convert.py --model some/model"):
+        pair.find("some/model")
+    assert fake_hub.fetched == []
+
+
+def test_a_download_that_was_interrupted(fake_hub):
+    """Its config is there, its weights are not, and the hub is away."""
+    fake_hub.models["some/model"] = OSError("no route")
+    fake_hub.cached.add("some/model")
+    with pytest.raises(InputError, match=r"cannot fetch some/model .* resumes"):
+        pair.find("some/model")
+
+
+def test_without_mlx_lm(fake_hub, monkeypatch):
+    """Said before gigabytes are fetched for it."""
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec",
+        lambda name, *more: None if name == "mlx_lm" else find_spec(name, *more),
+    )
+    fake_hub.models["some/model"] = model_with(model_type="gpt2")
+    with pytest.raises(InputError, match=re.escape(causal_model.HINT)):
+        pair.find("some/model")
+    assert fake_hub.fetched == []
+
+
+def test_an_encoder_decoder_in_a_folder(tmp_path):
+    config = {"model_type": "bart", "is_encoder_decoder": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"is an encoder-decoder .bart."):
+        pair.find(str(tmp_path))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InputError, match="cannot read"):
+        pair.find(str(tmp_path))

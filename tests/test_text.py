@@ -94,6 +94,15 @@ def test_same_size_is_not_the_same_tokenizer(folder, tokenizer, tmp_path):
     changed = Tokenizer(tmp_path)
     assert changed.size == tokenizer.size
     assert not tokenizer.same_ids(changed)
+    assert tokenizer.difference(Tokenizer(folder)) == ""
+    found = "token 5 is '▁dog' in one and '▁cat' in the other"
+    assert tokenizer.difference(changed) == found
+    shorter = Tokenizer(tmp_path)
+    shorter.ids = {t: i for t, i in tokenizer.ids.items() if i != 7} | {"x" * 99: 200}
+    assert tokenizer.difference(shorter).startswith("token 7 is none in one and ")
+    tokenizer_of_it = Tokenizer(tmp_path)
+    tokenizer_of_it.ids = {**tokenizer.ids, "x" * 99: 200}
+    assert f"token 200 is '{'x' * 40}...'" in tokenizer.difference(tokenizer_of_it)
 
 
 @pytest.mark.parametrize("single", ["$A </s>", "<pad> $A", "</s> $A </s>", "$A"])

@@ -294,7 +294,7 @@ def test_unverified(call, nemotron):
     flags = ("--model", folder, "--prompt", "the cat", "--max-tokens", 8)
     status, out, err = call(*flags)
     assert (status, out) == (2, "") and err.count("\n") == 1
-    assert "is a nemotron, and nobody has compared" in err and "gpt2, gpt_neox" in err
+    assert "'nemotron', and nobody has compared" in err and "gpt2, gpt_neox" in err
     flags += ("--unverified", "--draft-model", "none")
     status, out, err = call(*flags)
     assert status == 0 and err.count("not verified") == 1
