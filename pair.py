@@ -385,13 +385,12 @@ def _session(
     folder: Path, tokenizer: Tokenizer, vocabulary: int, unverified: bool
 ) -> Session:
     """Load a model into a session that emits the tokenizer's ids alone."""
-    gaps = tokenizer.gaps(vocabulary)
     # Loaded before anything is as large as the config says: it fits the weights then.
     if not is_causal(folder):
         model = load(folder)
         fast_blas.fit_threads(parameter_count(model))
         slim(model)
-        return T5Session(model, vocabulary, gaps)
+        return T5Session(model, vocabulary, tokenizer.gaps(vocabulary))
     import causal_model  # mlx-lm takes a second to import
     from causal import CausalSession
 
@@ -403,7 +402,11 @@ def _session(
         )
     fast_blas.fit_threads(parameter_count(found.model))
     return CausalSession(
-        found.model, vocabulary, gaps, found.positions, batches=found.verified
+        found.model,
+        vocabulary,
+        tokenizer.gaps(vocabulary),
+        found.positions,
+        batches=found.verified,
     )
 
 

@@ -112,6 +112,7 @@ def _by_type(types: list[str], window: int | None) -> list[int | None]:
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
+_POSITIONS = "max_position_embeddings", "n_positions"
 _SIZES = {
     "vocab_size": NEEDED,
     "hidden_size": NEEDED,
@@ -373,7 +374,7 @@ def read(config: Config) -> Verified | None:
     _require(kind, own, activation, ACTIVATIONS)
     if kind == "gemma" and activation == "gelu":
         activation = default  # as its first configs call it
-    positions = found.get("max_position_embeddings") or found["n_positions"]
+    positions = next(found[name] for name in _POSITIONS if name in found)
     rotary = None
     if row.rotary is not None:
         size = found.get("head_dim") or head_size(found)
@@ -396,7 +397,7 @@ def read(config: Config) -> Verified | None:
         None if activation in built_in else activation,
         rotary,
         row.windows(found) if row.windows else [],
-        positions,
+        min(positions, (1 << 31) - 1),  # some say a trillion, for any number
     )
 
 
@@ -437,7 +438,8 @@ def _honoured(config: Config, name: str, default: Any) -> Any:
     elif isinstance(default, float):
         fine = type(value) in (int, float) and 0 < value < math.inf
     else:
-        fine = type(value) is int and 0 < value < 1 << 31
+        most = 1 << 63 if name in _POSITIONS else 1 << 31
+        fine = type(value) is int and 0 < value < most
     if not fine:
         raise InputError(f"the config has an odd value in {name}")
     return value

@@ -747,7 +747,7 @@ def vocabulary_without_rows(folder):
 
 
 def odd_positions(folder):
-    edit(folder / "config.json", n_positions=True)
+    edit(folder / "config.json", max_position_embeddings=True)
 
 
 def odd_vocabulary(folder):
@@ -757,8 +757,8 @@ def odd_vocabulary(folder):
 @pytest.mark.parametrize(
     "change",
     [
-        *(other_weights, other_quantization, many_layers, layers_of_nothing),
-        *(other_counts, endless_count, vocabulary_without_rows, odd_positions),
+        *(many_layers, layers_of_nothing, other_counts),
+        *(endless_count, vocabulary_without_rows, odd_positions),
         odd_vocabulary,
     ],
 )
@@ -768,6 +768,15 @@ def test_decoder_only_folders(llama, tmp_path, change):
     change(folder)
     with pytest.raises(InputError):
         Pair.load(str(folder))
+
+
+@pytest.mark.parametrize("change", [other_weights, other_quantization])
+def test_files_that_mlx_lm_alone_would_open(llama, tmp_path, change):
+    """They are no part of the checkpoint, and are left alone."""
+    folder = shutil.copytree(llama, tmp_path / "x")
+    change(folder)
+    texts = [Pair.load(str(each)).generate("the cat") for each in (llama, folder)]
+    assert texts[0].finish().tokens == texts[1].finish().tokens
 
 
 def test_positions_beyond_a_number(llama, tmp_path):

@@ -311,6 +311,7 @@ def test_in_a_terminal(command):
 
 def talk(terminal: Terminal) -> None:
     terminal.expect("> ")
+    terminal.wait_for_readline()  # else Ctrl-C may come when the line still waits
     terminal.type(PROMPT + "\n")
     terminal.expect("\n")
     echoed = len(terminal.seen)

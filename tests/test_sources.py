@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from architectures import sizes
 from conftest import tiny_torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
@@ -382,7 +383,7 @@ class FakeHub:
         if local_files_only and name not in self.cached:
             raise FileNotFoundError(name)
         if isinstance(found, Exception):
-            found = {"config.json": {"model_type": "gpt2"}}
+            found = {"config.json": {"model_type": "gpt2", **sizes("gpt2")}}
         if isinstance(found[file], Exception):
             raise found[file]
         path = self._folder / name.replace("/", "--") / file
@@ -451,9 +452,22 @@ def test_what_the_hub_has_nothing_of(fake_hub, model, message):
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "mistral"])
 def test_what_mlx_lm_has_is_fetched(fake_hub, kind):
     """By its own name, or by one that it has for another's."""
-    fake_hub.models["some/model"] = model_with(model_type=kind)
+    fake_hub.models["some/model"] = model_with(model_type=kind, **sizes(kind))
     assert pair.find("some/model").name == "some--model"
     assert fake_hub.fetched == ["some/model"]
+
+
+def test_what_is_not_verified_is_not_fetched(fake_hub):
+    """Neither another architecture nor a field that would give another text."""
+    odd = {**sizes("llama"), "hidden_act": "sparkle"}
+    fake_hub.models["some/model"] = model_with(model_type="llama", **odd)
+    with pytest.raises(InputError, match="hidden_act is sparkle"):
+        pair.find("some/model", unverified=True)
+    fake_hub.models["some/model"] = model_with(model_type="nemotron")
+    with pytest.raises(InputError, match="--unverified runs it"):
+        pair.find("some/model")
+    assert fake_hub.fetched == []
+    assert pair.find("some/model", unverified=True).name == "some--model"
 
 
 def test_a_t5_on_the_hub_is_to_be_converted(fake_hub):
