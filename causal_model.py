@@ -27,6 +27,7 @@ from rotary import Rotary
 from sources import open_checkpoint, weight_files
 from verified import Verified
 
+HEAD = "lm_head.weight"
 HINT = "decoder-only models need mlx-lm: pip install -r requirements-causal.txt"
 
 #: What a config may call the number of its layers, and the most of anything else that
@@ -192,6 +193,8 @@ def _build(
         model_class = _gpt2(model_class, known)
     model = model_class(arguments.from_dict(known.arguments if known else config))
     weights = _weights(folder)
+    if known is not None:
+        weights = _without_copies(weights, known.tied, folder)
     if hasattr(model, "sanitize"):
         weights = model.sanitize(weights)
     if quantization is not None:
@@ -210,6 +213,35 @@ def _weights(folder: Path) -> dict[str, mx.array]:
         for name, tensor in open_checkpoint(folder).items():
             bits = mx.array(np.ascontiguousarray(tensor.bits))
             weights[name] = bits.view(mx.bfloat16) if tensor.dtype == "BF16" else bits
+    return weights
+
+
+def _without_copies(
+    weights: dict[str, mx.array], tied: bool, folder: Path
+) -> dict[str, mx.array]:
+    """Without what older checkpoints store and no model reads: frequencies that are
+    computed, and a tied head, which is the embedding once more.
+
+    Raises:
+        InputError: a head is another matrix than the embedding that it should be tied
+            to; transformers would then not tie it.
+    """
+    weights = {
+        name: weight
+        for name, weight in weights.items()
+        if not name.endswith("rotary_emb.inv_freq")
+    }
+    if not tied or HEAD not in weights:
+        return weights
+    ends = ("embed_tokens.weight", "wte.weight")
+    embedding = next((w for name, w in weights.items() if name.endswith(ends)), None)
+    if embedding is not None:
+        if not mx.array_equal(weights[HEAD], embedding).item():
+            raise InputError(
+                f"{folder / CONFIG} says that the head is tied, and {HEAD} is another "
+                f"matrix than the embedding"
+            )
+        del weights[HEAD]
     return weights
 
 
@@ -256,16 +288,15 @@ def _gpt2(model_class: type, known: Verified) -> type:
             return self.lm_head(self.model(inputs, cache))
 
         def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-            head = None if tied else weights.get("lm_head.weight")
+            head = None if tied else weights.get(HEAD)
             found = super().sanitize(
                 {
                     name.removeprefix("transformer."): weight
                     for name, weight in weights.items()
-                    if name != "lm_head.weight"  # tied, the embedding once more
-                    and not name.endswith(".attn.masked_bias")
+                    if name != HEAD and not name.endswith(".attn.masked_bias")
                 }
             )
-            return found if head is None else {**found, "lm_head.weight": head}
+            return found if head is None else {**found, HEAD: head}
 
     return GPT2
 
@@ -283,8 +314,8 @@ def _mend(model: nn.Module, known: Verified) -> None:
         if known.arguments["model_type"] == "gpt2":
             attention.scale = _gpt2_scale(known.arguments, attention.head_dim, number)
         window = known.windows[number] if known.windows else None
-        if window is not None or row.grouped:
-            setattr(layer, row.attention, Masked(attention, window, row.grouped))
+        if window is not None or known.grouped:
+            setattr(layer, row.attention, Masked(attention, window, known.grouped))
 
 
 def _gpt2_scale(arguments: dict[str, Any], size: int, layer: int) -> float:

@@ -68,6 +68,8 @@ class Verified:
         windows: for each layer how many positions it sees, its own counted; None for
             all.
         positions: how many the model takes.
+        tied: whether the embedding is the head as well.
+        grouped: whether attention wants a mask with an axis for groups of heads.
     """
 
     row: Row
@@ -76,6 +78,8 @@ class Verified:
     rotary: Rotary | None
     windows: list[int | None]
     positions: int
+    tied: bool
+    grouped: bool
 
 
 def head_size(config: Config) -> int:
@@ -84,6 +88,16 @@ def head_size(config: Config) -> int:
 
 def _every_layer(config: Config) -> list[int | None]:
     return [config["sliding_window"]] * config["num_hidden_layers"]
+
+
+def _one_type(config: Config) -> list[str]:
+    """Of every layer alike: by another list transformers takes another model."""
+    kind = FULL if config["sliding_window"] is None else SLIDING
+    return [kind] * config["num_hidden_layers"]
+
+
+def _full(config: Config) -> list[str]:
+    return [FULL] * config["num_hidden_layers"]
 
 
 def _every_other_layer(config: Config) -> list[int | None]:
@@ -124,7 +138,8 @@ _SIZES = {
 _GATED = "gate_proj", "up_proj", "down_proj"
 _GELU, _TANH_GELU = ("gelu", "gelu_python"), ("gelu_new", "gelu_pytorch_tanh")
 _SILU = "hidden_act", "silu", ("silu", "swish")
-_TIED, _UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
+_TIE = "tie_word_embeddings"
+_TIED, _UNTIED = {_TIE: True}, {_TIE: False}
 _LLAMA = {**_SIZES, "intermediate_size": NEEDED, "rms_norm_eps": 1e-6}
 _QWEN_WINDOWS = {
     "use_sliding_window": False,
@@ -173,6 +188,7 @@ ROWS: dict[str, Row] = {
     ),
     "mistral": Row(
         fields={**_LLAMA, "head_dim": None, "sliding_window": 4096, **_UNTIED},
+        follow={"layer_types": _one_type},
         activation=_SILU,
         feed_forward=_GATED,
         windows=_every_layer,
@@ -237,7 +253,7 @@ ROWS: dict[str, Row] = {
             "sliding_window": None,
             **_UNTIED,
         },
-        follow={"head_dim": head_size},
+        follow={"head_dim": head_size, "layer_types": _one_type},
         activation=_SILU,
         feed_forward=("gate_up_proj", "down_proj"),
         fused=True,
@@ -284,7 +300,7 @@ ROWS: dict[str, Row] = {
             **_TIED,
         },
         only={"use_bias": (True,)},
-        follow={"head_dim": head_size},
+        follow={"head_dim": head_size, "layer_types": _one_type},
         activation=("hidden_act", "gelu_pytorch_tanh", _GELU),
         feed_forward=("c_fc", "c_proj"),
         windows=_every_layer,
@@ -306,10 +322,7 @@ ROWS: dict[str, Row] = {
         },
         only={"use_sliding_window": (False,)},
         idle=("sliding_window",),
-        follow={
-            "head_dim": head_size,
-            "layer_types": lambda config: [FULL] * config["num_hidden_layers"],
-        },
+        follow={"head_dim": head_size, "layer_types": _full},
         activation=_SILU,
         feed_forward=_GATED,
         rotary={"theta": 2e6},
@@ -329,6 +342,15 @@ ROWS: dict[str, Row] = {
         activation=_SILU,
         feed_forward=_GATED,
     ),
+}
+
+#: Fields of any architecture that transformers' masks and caches look at, whatever the
+#: model is, and the values that are honoured.
+OF_ALL: dict[str, tuple[Any, ...]] = {
+    "is_causal": (True, None),
+    "attention_chunk_size": (None,),
+    "kv_sharing_modes": (None, {}),
+    "per_layer_config": (None, {}),
 }
 
 #: Fields of any architecture that change no text: of training, of other heads, of what
@@ -358,15 +380,22 @@ def read(config: Config) -> Verified | None:
     if row is None:
         return None
     aliased = {own: config[name] for name, own in row.aliases.items() if name in config}
+    for name, value in aliased.items():
+        _require(kind, name, config.get(name, value), (value,))
     config = {**aliased, **config}
     found = {
         name: _honoured(config, name, default) for name, default in row.fields.items()
     }
-    for name, values in row.only.items():
+    for name, values in {**OF_ALL, **row.only}.items():
         _require(kind, name, config.get(name, values[0]), values)
-    for name, follow in row.follow.items():
+    for name, follow in _follow(row).items():
         value = follow(found)
         _require(kind, name, config.get(name, value), (value, None))
+    if not {"sliding_window"} & {*row.fields, *row.idle}:
+        # The model has none, but generate's cache would forget what is beyond it.
+        value = config.get("sliding_window")
+        known = (None, value) if _reaches(value, found) else (None,)
+        _require(kind, "sliding_window", value, known)
     own, default, built_in = row.activation
     activation = config.get(own, default)
     if activation is None:
@@ -374,7 +403,7 @@ def read(config: Config) -> Verified | None:
     _require(kind, own, activation, ACTIVATIONS)
     if kind == "gemma" and activation == "gelu":
         activation = default  # as its first configs call it
-    positions = next(found[name] for name in _POSITIONS if name in found)
+    positions = _positions(found)
     rotary = None
     if row.rotary is not None:
         size = found.get("head_dim") or head_size(found)
@@ -398,6 +427,8 @@ def read(config: Config) -> Verified | None:
         rotary,
         row.windows(found) if row.windows else [],
         min(positions, (1 << 31) - 1),  # some say a trillion, for any number
+        found.get("tie_word_embeddings", row.only.get(_TIE, (None,))[0]),
+        row.grouped and found["num_key_value_heads"] not in (None, heads),
     )
 
 
@@ -424,6 +455,21 @@ def require(config: Config, where: str, unverified: bool) -> Verified | None:
     return known
 
 
+def _positions(found: Config) -> int:
+    return next(found[name] for name in _POSITIONS if name in found)
+
+
+def _reaches(window: Any, found: Config) -> bool:
+    """Whether a window is no limit: the positions end before it does."""
+    return type(window) is int and window >= _positions(found)
+
+
+def _follow(row: Row) -> Mapping[str, Callable[[Config], Any]]:
+    if "layer_types" in row.fields or "num_hidden_layers" not in row.fields:
+        return row.follow
+    return {"layer_types": _full, **row.follow}
+
+
 def _honoured(config: Config, name: str, default: Any) -> Any:
     """A field's value, or its default, of a type that goes with that."""
     value = config.get(name, default)
@@ -438,8 +484,10 @@ def _honoured(config: Config, name: str, default: Any) -> Any:
     elif isinstance(default, float):
         fine = type(value) in (int, float) and 0 < value < math.inf
     else:
+        # In a window of 1 generate's cache sees everything.
+        least = {"sliding_window": 2, "max_window_layers": 0}.get(name, 1)
         most = 1 << 63 if name in _POSITIONS else 1 << 31
-        fine = type(value) is int and 0 < value < most
+        fine = type(value) is int and least <= value < most
     if not fine:
         raise InputError(f"the config has an odd value in {name}")
     return value

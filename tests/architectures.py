@@ -177,6 +177,11 @@ def variants(kind: str) -> Iterator[dict]:
             yield {name: not default}
     if "head_dim" in row.fields:
         yield {"head_dim": HEAD + 4}
+    if "num_key_value_heads" in row.fields and kind != "gpt_neox":
+        yield {"num_key_value_heads": 4}
+        yield {"num_key_value_heads": 1}
+    if "max_window_layers" in row.fields:
+        yield {**window(kind), "max_window_layers": 0}
     if row.windows is not None:
         yield window(kind)
     if "layer_types" in row.fields:

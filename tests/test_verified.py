@@ -126,8 +126,17 @@ def test_what_is_not_honoured_is_refused_by_its_name(kind, tmp_path):
             refused(name, float("inf"))
             refused(name, None)
     refused(row.activation[0], "sparkle")
+    for name in verified.OF_ALL:
+        refused(name, False if name == "is_causal" else {"x": 12})
+    for name, own in row.aliases.items():
+        refused(name, config[own] + 1, own)
     if row.windows is not None:
         refused("sliding_window", 0)
+        refused("sliding_window", 1)
+    elif not row.idle:  # generate's cache would have a window, if not the model
+        refused("sliding_window", 12)
+    if kind != "gpt2":
+        refused("layer_types", [verified.SLIDING, verified.FULL, "chunked"])
     if "layer_types" in row.fields:
         refused("layer_types", ["full_attention"])
         odd = ["full_attention"] * (sizes(kind)["num_hidden_layers"] - 1) + ["chunked"]
@@ -202,6 +211,31 @@ def test_gemmas_first_configs(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_act": "gelu"}))
     assert AutoConfig.from_pretrained(folder).hidden_act == "gelu_pytorch_tanh"
     assert error(expected_logits(model), folder) < 1e-4
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ROWS if kind != "gpt_neox"])
+def test_what_older_checkpoints_store_besides(kind, tmp_path):
+    """Frequencies that are computed, and a tied head once more; another head than the
+    embedding is not passed over."""
+    from safetensors.torch import load_file, save_file
+
+    model = build(kind)
+    folder = save(model, tmp_path)
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    if ROWS[kind].rotary is not None:
+        name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+        weights[name] = next(iter(weights.values())).new_ones(4)
+    tied = model.config.tie_word_embeddings
+    if tied:
+        weights["lm_head.weight"] = model.get_input_embeddings().weight.clone()
+    save_file(weights, path, {"format": "pt"})
+    assert error(expected_logits(model), folder) < 1e-4
+    if tied:
+        weights["lm_head.weight"] = weights["lm_head.weight"] * 2
+        save_file(weights, path, {"format": "pt"})
+        with pytest.raises(InputError, match="is another matrix than"):
+            causal_model.load(folder)
 
 
 def test_untied_gpt2_in_every_form_of_names(tmp_path):
