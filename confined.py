@@ -27,6 +27,9 @@ from errors import InputError
 
 #: Seconds of computing for a call, and more for each megabyte of tokenizer.
 SECONDS, SECONDS_PER_MB = 2, 0.25
+#: Seconds more to begin with: transformers imports what it needs then, which takes two
+#: on an idle machine and more beside busy processes.
+IMPORTS = 8
 #: Bytes of memory, and more for each byte of tokenizer.
 MEMORY, MEMORY_PER_BYTE = 1 << 30, 32
 #: The files that count as a tokenizer, and the most bytes of them that do.
@@ -163,7 +166,7 @@ def serve(module: str, folder: Path, pipe: Connection) -> None:
     size = min(size, COUNTED)
     seconds = SECONDS + SECONDS_PER_MB * size / 1e6
     limit_memory(MEMORY + MEMORY_PER_BYTE * size)
-    limit_seconds(seconds)
+    limit_seconds(seconds + IMPORTS)
     held = []
     pipe.send_bytes(_answer(folder, lambda: held.append(opener(folder))))
     while held:
