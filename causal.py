@@ -171,8 +171,7 @@ class RowCache:
         self._keys: mx.array | None = None
         self._values: mx.array | None = None
 
-    @property
-    def longest(self) -> int:
+    def size(self) -> int:
         """How many positions the longest row has."""
         return int(self._lengths.max())
 

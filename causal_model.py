@@ -24,7 +24,7 @@ from errors import InputError
 from files import read_json, typed
 from model import activation, prepare_memory
 from rotary import Rotary
-from sources import open_checkpoint, weight_files
+from sources import Tensor, open_checkpoint, weight_files
 from verified import Verified
 
 HEAD = "lm_head.weight"
@@ -71,12 +71,12 @@ def load(folder: Path, unverified: bool = False) -> Causal:
     refuse_code(config, folder)
     known = verified.require(config, str(folder / CONFIG), unverified)
     quantization = _quantization(config, folder)
-    require_weights(config, folder)
+    tensors = require_weights(config, folder)
     on_cpu = mx.default_device() == mx.cpu
     if on_cpu:
         mx.disable_compile()  # see model.load
     try:
-        model = _build(config, known, folder, quantization)
+        model = _build(config, known, folder, tensors, quantization)
     except InputError:
         raise
     except (Exception, SystemExit) as error:  # of any kind, for whatever a folder holds
@@ -139,10 +139,13 @@ def _quantization(config: dict[str, Any], folder: Path) -> dict[str, Any] | None
     return ours
 
 
-def require_weights(config: dict[str, Any], folder: Path) -> None:
+def require_weights(config: dict[str, Any], folder: Path) -> dict[str, Tensor]:
     """See to it that the weights are whole, and that there are some for every layer.
 
     mlx-lm makes the layers that a config asks for before it looks at the weights.
+
+    Returns:
+        The checkpoint's tensors, mapped.
 
     Raises:
         InputError: they are damaged, missing, or fewer than the layers.
@@ -158,6 +161,7 @@ def require_weights(config: dict[str, Any], folder: Path) -> None:
                     f"{folder / CONFIG} does not fit the weights: its {name} is over "
                     f"{most}, and they are {filled} tensors"
                 )
+    return tensors
 
 
 def _most(name: str, tensors: int) -> int | None:
@@ -175,6 +179,7 @@ def _build(
     config: dict[str, Any],
     known: Verified | None,
     folder: Path,
+    tensors: dict[str, Tensor],
     quantization: dict[str, Any] | None,
 ) -> nn.Module:
     """mlx-lm's model with the folder's weights, nothing of it computed."""
@@ -192,7 +197,7 @@ def _build(
     if known is not None and config["model_type"] == "gpt2":
         model_class = _gpt2(model_class, known)
     model = model_class(arguments.from_dict(known.arguments if known else config))
-    weights = _weights(folder)
+    weights = _weights(folder, tensors)
     if known is not None:
         weights = _without_copies(weights, known.tied, folder)
     if hasattr(model, "sanitize"):
@@ -203,14 +208,14 @@ def _build(
     return model
 
 
-def _weights(folder: Path) -> dict[str, mx.array]:
+def _weights(folder: Path, tensors: dict[str, Tensor]) -> dict[str, mx.array]:
     """A checkpoint's tensors by name; read from safetensors as they are needed."""
     weights: dict[str, mx.array] = {}
     for path in weight_files(folder):
         if path.suffix == ".safetensors":
             weights |= mx.load(str(path))
     if not weights:
-        for name, tensor in open_checkpoint(folder).items():
+        for name, tensor in tensors.items():
             bits = mx.array(np.ascontiguousarray(tensor.bits))
             weights[name] = bits.view(mx.bfloat16) if tensor.dtype == "BF16" else bits
     return weights
@@ -288,7 +293,7 @@ def _gpt2(model_class: type, known: Verified) -> type:
             return self.lm_head(self.model(inputs, cache))
 
         def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-            head = None if tied else weights.get(HEAD)
+            head = weights.get(HEAD)
             found = super().sanitize(
                 {
                     name.removeprefix("transformer."): weight
@@ -387,26 +392,12 @@ class Masked(nn.Module):
         self, x: mx.array, mask: mx.array | str | None = None, cache: Any = None
     ) -> mx.array:
         size = x.shape[1]
-        if self._window is not None and _reach(cache) + size > self._window:
-            mask = _window_mask(cache, size, self._window)
+        held = 0 if cache is None else cache.size()
+        if self._window is not None and held + size > self._window:
+            mask = cache.make_mask(size, return_array=True, window_size=self._window)
         if self._grouped and isinstance(mask, mx.array) and mask.ndim == 4:
             mask = mask[:, :, None]
         return self.attention(x, mask, cache)
-
-
-def _reach(cache: Any) -> int:
-    """How many positions a layer's cache holds, in its longest row."""
-    if cache is None:
-        return 0
-    return cache.longest if hasattr(cache, "longest") else cache.offset
-
-
-def _window_mask(cache: Any, size: int, window: int) -> mx.array:
-    if hasattr(cache, "longest"):
-        return cache.make_mask(size, window_size=window)
-    from mlx_lm.models.base import create_causal_mask
-
-    return create_causal_mask(size, _reach(cache), window_size=window)
 
 
 def _widen(weight: mx.array) -> mx.array:

@@ -25,7 +25,7 @@ import mlx.core as mx
 import numpy as np
 
 from acceptance import Verdict, verify, verify_greedy
-from drafting import Draft, Drafter, Session
+from drafting import Draft, Drafter, Session, up_to_end
 from errors import InputError
 from sampling import GREEDY, Choices, Chooser, Sampling
 
@@ -225,10 +225,12 @@ def generate(
             current = ahead
         else:
             # A row without room would be fed what it has no positions for.
-            size = min(num_draft, left - last, reach - max(map(len, sequences)))
-            chooser = choices.begin(sequences, max(size, 0) if drafter else 0)
+            size = 0
+            if drafter:
+                size = min(num_draft, left - last, reach - max(map(len, sequences)))
+            chooser = choices.begin(sequences, max(size, 0))
             draft = None
-            if drafter and size > 0:
+            if size > 0:
                 draft = drafter.propose(sequences, size, chooser)
                 draft.counts = _counts(draft, [row.left - last for row in rows])
             current = launch(target, chooser, draft, delta)
@@ -371,12 +373,11 @@ class _Row:
         """
         accepted, draft = outcome.accepted, outcome.draft
         block = [*draft[:accepted], outcome.next_token][: self.left]
-        end = next((i for i, t in enumerate(block) if t in self._eos_tokens), None)
-        if end is not None:
-            block = block[: end + 1]
+        block = up_to_end(block, self._eos_tokens)
         self._sequence += block
         self.left -= len(block)
-        reason = "eos" if end is not None else "length" if not self.left else None
+        ended = block[-1] in self._eos_tokens
+        reason = "eos" if ended else "length" if not self.left else None
         self.finished = reason is not None
 
         taken = min(accepted, len(block))

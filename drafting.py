@@ -196,7 +196,7 @@ class LookupDrafter:
             row.after(sequence, num_draft)
             for row, sequence in zip(self._rows, sequences, strict=True)
         ]
-        found = [_up_to_end(tokens, chooser.eos_tokens) for tokens in found]
+        found = [up_to_end(tokens, chooser.eos_tokens) for tokens in found]
         counts = [len(tokens) for tokens in found]
         padded = np.zeros((len(found), max(counts)), np.int32)  # maybe no column
         for row, tokens in enumerate(found):
@@ -204,7 +204,8 @@ class LookupDrafter:
         return Draft(mx.array(padded), counts=counts)
 
 
-def _up_to_end(tokens: list[int], eos_tokens: AbstractSet[int]) -> list[int]:
+def up_to_end(tokens: list[int], eos_tokens: AbstractSet[int]) -> list[int]:
+    """Tokens up to the first that ends a text, itself included."""
     end = next((i for i, token in enumerate(tokens) if token in eos_tokens), None)
     return tokens if end is None else tokens[: end + 1]
 

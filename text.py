@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from errors import InputError, PromptError
+from errors import InputError, blame_prompt
 from fast_tokenizer import FILE, MERGES, VOCABULARY, FastTokenizer, is_plain
 from files import is_file, require_files
 from tokenizer_files import SPIECE, TokenizerFiles
@@ -47,10 +47,8 @@ class Tokenizer:
         Raises:
             PromptError: the tokenizer fails at it.
         """
-        try:
+        with blame_prompt():
             return self._within.encode(text)
-        except InputError as error:
-            raise PromptError(str(error)) from None
 
     def encode_word(self, text: str) -> list[int]:
         """Token ids of a text inside another: without what goes around a prompt.
@@ -83,10 +81,8 @@ class Tokenizer:
             PromptError: it has, but not for these.
         """
         program = self._with_template
-        try:
+        with blame_prompt():
             return program.call("encode_chat", messages)
-        except InputError as error:
-            raise PromptError(str(error)) from None
 
     def require_chat(self) -> None:
         """

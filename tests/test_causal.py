@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from architectures import generated
 from conftest import VOCABULARY, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
@@ -104,19 +105,6 @@ def saved(tmp_path_factory):
 
 def session(folder, **options):
     return CausalSession(causal_model.load(folder).model, VOCABULARY, **options)
-
-
-def generated(oracle, prompt, count):
-    """transformers' greedy text, without an end."""
-    with torch.no_grad():
-        text = oracle.generate(
-            torch.tensor([prompt]),
-            max_new_tokens=count,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-    return text[0, len(prompt) :].tolist()
 
 
 def drafters(saved, kind):
