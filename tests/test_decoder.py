@@ -11,11 +11,12 @@ from conftest import VOCABULARY
 from hypothesis import given
 from hypothesis import strategies as st
 
+import drafting
 import model
 from decoder import generate
 from drafting import Draft, LookupDrafter, ModelDrafter
 from errors import InputError
-from sampling import GREEDY, Choices
+from sampling import GREEDY, Choices, Sampling
 
 #: Prompts that the tiny target answers with varied texts.
 PROMPTS = [[10, 11, 12, 1], [*range(24, 32), 1], [31, 32, 33, 34, 1]]
@@ -352,3 +353,29 @@ def test_broken_draft_cannot_harm(make, target, plain):
     """A draft full of NaN proposes nonsense, and nonsense is refused."""
     drafter = ModelDrafter(Checked(broken(make()[2])))
     assert decode(target, drafter, max_tokens=64)[0] == [plain]
+
+
+@pytest.mark.parametrize("delta", [0.0, 0.4])
+@pytest.mark.parametrize("name", ["good", "lookup", None])
+def test_another_budget_cuts_the_text_off(target, drafters, name, delta):
+    """What a round draws does not depend on how many tokens are left."""
+    drafter = LookupDrafter() if name == "lookup" else drafters.get(name)
+    for seed, temperature in ((1, 0.7), (2, 1.0), (3, 0.0)):
+        options = {
+            "sampling": Sampling(temperature=temperature, seed=seed),
+            "num_draft": 1 + 2 * seed,
+            "delta": delta,
+        }
+        whole = decode(target, drafter, max_tokens=16, **options)[0]
+        for most in (1, 2, 5, 9, 15):
+            cut = decode(target, drafter, max_tokens=most, **options)[0]
+            assert cut == [text[:most] for text in whole]
+
+
+def test_nothing_is_drafted_behind_an_end(target, drafters, plain):
+    """However much is asked for: by a model that is soon told, by lookup at once."""
+    end = plain[3]
+    options = {"eos_tokens": {end}, "num_draft": 1000, "max_tokens": 1000}
+    tokens, reasons, (stats,) = decode(target, drafters["same"], **options)
+    assert (tokens[0], reasons) == (plain[: plain.index(end) + 1], ["eos"])
+    assert stats.drafted < 4 + 2 * drafting.LOOK_BACK
