@@ -17,9 +17,9 @@ is a column of sacreBLEU: a prompt's lines together are its references.
 """
 
 if __name__ == "__main__":
-    import startup  # noqa: F401  (first: see there)
+    import system.startup
 
-import fast_blas
+import system.fast_blas  # noqa: F401  (before mlx: see there)
 
 import json
 import os
@@ -39,13 +39,14 @@ import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
-import baselines
 from decoder import MAX_TOKENS, Stats, check_options, launch
-from drafting import Draft, Drafter, LookupDrafter, Session
-from errors import InputError, Parser, run
 from main import load_pair, say
+from measuring import baselines
 from pair import Pair
-from sampling import Choices, Sampling
+from speculation.drafting import Draft, Drafter, LookupDrafter, Session
+from speculation.sampling import Choices, Sampling
+from system import fast_blas
+from system.errors import InputError, Parser, run
 
 PROMPTS = Path(__file__).resolve().parent / "demo" / "test.tsv"
 RESAMPLES = 2000  # of the bootstrap
@@ -706,7 +707,7 @@ def _room_for(swept: list[Cell], max_tokens: int) -> int:
 
 def _simulated(args: Namespace, swept: list[Cell], about: dict[str, Any]) -> list[Row]:
     """The table of a pair that exists only as shapes."""
-    from simulation import SimulatedPair
+    from measuring.simulation import SimulatedPair
 
     if any(cell.temperature or cell.delta for cell in swept) or args.baseline:
         raise InputError(

@@ -9,7 +9,7 @@ is complete; until then an earlier one stays.
 """
 
 if __name__ == "__main__":
-    import startup  # noqa: F401  (first: see there)
+    import system.startup  # noqa: F401  (first: see there)
 
 import errno
 import json
@@ -23,13 +23,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from errors import InputError, Parser, one_line, run
+from system.errors import InputError, Parser, one_line, run
 
 # What takes time to import is imported inside functions, so that Ctrl-C is clean from
 # the first moment on.
 if TYPE_CHECKING:
-    from config import Quantization
-    from sources import Tensor
+    from checkpoints.config import Quantization
+    from checkpoints.sources import Tensor
 
 #: Above this, ``--dtype auto`` stores float32 checkpoints as bfloat16.
 BILLION = 1_000_000_000
@@ -170,7 +170,7 @@ def unused(
 
 def _is_buffer(tensor: "Tensor") -> bool:
     """Whether it holds counters or masks: integers, where weights are none."""
-    from sources import FLOATS
+    from checkpoints.sources import FLOATS
 
     return tensor.dtype not in FLOATS and not tensor.name.endswith(".weight")
 
@@ -185,7 +185,7 @@ def _require_t5(tensors: "Mapping[str, Tensor]") -> None:
     Raises:
         InputError: the tensors are of something else that is made from T5s.
     """
-    from sources import ADAPTER
+    from checkpoints.sources import ADAPTER
 
     if any("lora_" in name for name in tensors):
         raise InputError(f"the checkpoint {ADAPTER}")
@@ -334,11 +334,11 @@ def convert(
         InputError: the source is no T5 checkpoint that can be read whole, the output
             would replace something else, or the disk is full.
     """
-    from checkpoint import CONFIG, GENERATION_CONFIG, WEIGHTS
-    from config import T5Config
-    from files import is_file, read_json
-    from replacing import replacing
-    from sources import open_checkpoint
+    from checkpoints.config import T5Config
+    from checkpoints.converted import CONFIG, GENERATION_CONFIG, WEIGHTS
+    from checkpoints.replacing import replacing
+    from checkpoints.sources import open_checkpoint
+    from system.files import is_file, read_json
 
     try:
         output = output.resolve()  # a link stays, and what it leads to is replaced
@@ -405,8 +405,8 @@ def _write_weights(
 ) -> None:
     import mlx.core as mx
 
-    from checkpoint import WeightsWriter
-    from config import QUANTIZED
+    from checkpoints.config import QUANTIZED
+    from checkpoints.converted import WeightsWriter
 
     total = sum(part.bits.nbytes for parts in steps.values() for part in parts)
     with (
@@ -484,11 +484,11 @@ def save_tokenizer(source: Path, folder: Path) -> None:
         InputError: there is none, it is damaged, takes more than it may, or reads
             texts in another way afterwards.
     """
-    from confined import Confined
-    from fast_tokenizer import FILE
-    from files import is_file
-    from text import Tokenizer, reader_of
-    from tokenizer_files import SPIECE
+    from system.files import is_file
+    from text.confined import Confined
+    from text.fast_tokenizer import FILE
+    from text.tokenizer import Tokenizer, reader_of
+    from text.tokenizer_files import SPIECE
 
     reader = Confined(reader_of(source), source)
     reader.call("save", str(folder.resolve()))
@@ -502,7 +502,7 @@ def save_tokenizer(source: Path, folder: Path) -> None:
     del reader
     if is_file(source / SPIECE) and is_file(source / FILE):
         with suppress(InputError):  # it is not used
-            pieces = Confined("spiece_tokenizer", source)
+            pieces = Confined("text.spiece_tokenizer", source)
             if [pieces.call("encode", probe) for probe in PROBES] != read:
                 print(
                     f"{FILE} and {SPIECE} read some texts differently: {FILE} is used, "
@@ -578,10 +578,10 @@ def parse_arguments(arguments: list[str] | None = None) -> Any:
 
 def list_models(models: Path) -> Iterator[str]:
     """A line for each converted model in ``models``: name, parameters, size, dtypes."""
-    from checkpoint import WEIGHTS, MappedWeights
-    from config import T5Config
+    from checkpoints.config import T5Config
+    from checkpoints.converted import WEIGHTS, MappedWeights
+    from checkpoints.replacing import recover
     from model import T5, parameter_count
-    from replacing import recover
 
     for killed in models.glob(".*.replaced"):
         recover(models / killed.name[1:].removesuffix(".replaced"))
@@ -605,8 +605,8 @@ def list_models(models: Path) -> Iterator[str]:
 
 def say_defaults(folder: Path) -> None:
     """Say what a model's makers ask of whoever generates with it."""
-    from config import T5Config
-    from defaults import Files
+    from checkpoints.config import T5Config
+    from checkpoints.defaults import Files
 
     vocabulary = T5Config.read(folder).vocab_size
     try:
@@ -620,7 +620,7 @@ def say_defaults(folder: Path) -> None:
 def main() -> None:
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     arguments = parse_arguments()
-    from checkpoint import MODELS
+    from checkpoints.converted import MODELS
 
     if arguments.list:
         lines = [one_line(line) for line in list_models(MODELS)]
@@ -628,12 +628,12 @@ def main() -> None:
         return
     quantization = None
     if arguments.quantize:
-        from config import Quantization
+        from checkpoints.config import Quantization
 
         quantization = Quantization.choose(
             arguments.q_mode or "affine", arguments.q_bits, arguments.q_group_size
         )
-    from sources import fetch
+    from checkpoints.sources import fetch
 
     source = fetch(arguments.model, arguments.revision)
     # The hub's cache names folders by commit; a local one may be '.'.

@@ -10,7 +10,7 @@ own. The host waits for the device once per round.
       d1 and d2 stand, d3 does not  ->  commit d1 d2 and the target's token after d2
 """
 
-import fast_blas  # noqa: F401  (before mlx: see there)
+import system.fast_blas  # noqa: F401  (before mlx: see there)
 
 import math
 import sys
@@ -24,10 +24,10 @@ from typing import Any, NamedTuple, NoReturn
 import mlx.core as mx
 import numpy as np
 
-from acceptance import Verdict, verify, verify_greedy
-from drafting import Draft, Drafter, Session, up_to_end
-from errors import InputError
-from sampling import GREEDY, Choices, Chooser, Sampling
+from speculation.acceptance import Verdict, verify, verify_greedy
+from speculation.drafting import Draft, Drafter, Session, up_to_end
+from speculation.sampling import GREEDY, Choices, Chooser, Sampling
+from system.errors import InputError
 
 MAX_TOKENS = 256
 NUM_DRAFT = 5

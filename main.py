@@ -7,7 +7,7 @@ the text is what the target alone would write. Text goes to stdout, all else to 
 """
 
 if __name__ == "__main__":
-    import startup  # noqa: F401  (first: see there)
+    import system.startup  # noqa: F401  (first: see there)
 
 import json
 import os
@@ -20,7 +20,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from errors import (
+from system.errors import (
     InputError,
     Parser,
     PromptError,
@@ -34,9 +34,9 @@ from errors import (
 # the first moment on.
 if TYPE_CHECKING:
     from decoder import Stats
-    from messages import Messages
     from pair import Generation, Pair
-    from sampling import Sampling
+    from speculation.sampling import Sampling
+    from text.messages import Messages
 
 EXAMPLE_TASK = "translate English to German: "
 EXAMPLE = EXAMPLE_TASK + "The children are playing in the garden."
@@ -156,7 +156,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
 
 def _add_sampling(add: Callable[..., Any]) -> None:
     """The flags of how tokens are chosen, under the names of transformers."""
-    from sampling import GREEDY
+    from speculation.sampling import GREEDY
 
     def option(name: str, kind: type, metavar: str, text: str) -> None:
         default = getattr(GREEDY, name.replace("-", "_"))
@@ -219,7 +219,7 @@ def read_given(arguments: Namespace) -> dict[str, Any]:
     """The options of how tokens are chosen that flags were given for."""
     from dataclasses import fields
 
-    from sampling import Sampling
+    from speculation.sampling import Sampling
 
     names = {"max_tokens", *(field.name for field in fields(Sampling))}
     given = {k: v for k, v in vars(arguments).items() if k in names and v is not None}
@@ -234,7 +234,7 @@ def read_sampling(options: Mapping[str, Any], num_samples: int) -> "Sampling":
     Raises:
         InputError: an option is out of range, or they do not go together.
     """
-    from sampling import Sampling
+    from speculation.sampling import Sampling
 
     if num_samples < 1:
         raise InputError(f"num-samples is {num_samples}: it has to be at least 1")
@@ -266,8 +266,8 @@ class Rules:
             PromptError: the prompt cannot be read.
             InputError: the rules are odd, or do not go together.
         """
+        from checkpoints.defaults import DefaultsError
         from decoder import MAX_TOKENS
-        from defaults import DefaultsError
 
         options = {"max_tokens": MAX_TOKENS}
         try:
@@ -343,7 +343,7 @@ def load_pair(arguments: Namespace) -> "Pair":
 
 
 def _default_models() -> tuple[str, str]:
-    from checkpoint import MODELS, WEIGHTS
+    from checkpoints.converted import MODELS, WEIGHTS
 
     converted = MODELS / "t5-11b", MODELS / DEFAULT_DRAFT
     for target, draft in (converted, BUNDLED):
@@ -357,7 +357,7 @@ def _default_models() -> tuple[str, str]:
 
 def _load_with_default_draft(model: str, pair_of: Callable[..., "Pair"]) -> "Pair":
     """The target with the converted t5-small, where that has the same tokenizer."""
-    from checkpoint import MODELS, WEIGHTS
+    from checkpoints.converted import MODELS, WEIGHTS
     from pair import LOOKUP, DifferentTokenizersError
 
     draft = MODELS / DEFAULT_DRAFT
@@ -385,7 +385,7 @@ def read_prompts(prompt: str | None) -> Iterator[tuple[int | None, str]]:
     if prompt != "-":
         yield None, EXAMPLE if prompt is None else prompt
         return
-    from interactive import check_start, open_input
+    from console.interactive import check_start, open_input
 
     open_input()
     for number, line in enumerate(sys.stdin, 1):
@@ -515,9 +515,9 @@ def compare(
 
 
 def _describe_machine() -> None:
-    import fast_blas
-
     import mlx.core as mx
+
+    from system import fast_blas
 
     blas = f", BLAS {fast_blas.library}" if fast_blas.library else ""
     say(f"MLX {mx.__version__} on {mx.default_device()}{blas}")
@@ -621,7 +621,7 @@ def main() -> int:
     if not arguments.task_defaults:
         read_sampling(read_given(arguments), arguments.num_samples)
 
-    import fast_blas
+    from system import fast_blas
 
     if fast_blas.hint:
         say(fast_blas.hint)
@@ -655,7 +655,7 @@ def main() -> int:
         report(Stats.of_batch([one.stats for one in answers]), arguments.verbose)
 
     if arguments.interactive:
-        from interactive import converse
+        from console.interactive import converse
 
         bundled = pair.folder.resolve() == BUNDLED[0]
         number = count()  # asked again, a prompt has another answer

@@ -10,7 +10,7 @@ Shapes: B = batch, T = new decoder positions, S = source length, C = cache capac
 H = heads, D = head size, V = vocabulary.
 """
 
-import fast_blas  # noqa: F401  (before mlx: see there)
+import system.fast_blas  # noqa: F401  (before mlx: see there)
 
 import math
 from collections.abc import Callable, Collection
@@ -23,11 +23,11 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from checkpoint import WEIGHTS, MappedWeights
-from config import QUANTIZED, Quantization, T5Config
-from errors import InputError, PromptError
-from memory import fits, free, require_room, total
-from sampling import ban
+from checkpoints.config import QUANTIZED, Quantization, T5Config
+from checkpoints.converted import WEIGHTS, MappedWeights
+from speculation.sampling import ban
+from system.errors import InputError, PromptError
+from system.memory import fits, free, require_room, total
 
 #: Head sizes for which a GPU's attention is one kernel, which stores no squares.
 FUSED = (64, 80, 128)

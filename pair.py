@@ -9,7 +9,7 @@ In use::
     print(answer.stats.tokens_per_round)
 """
 
-import fast_blas
+import system.fast_blas  # noqa: F401  (before mlx: see there)
 
 import re
 from collections import deque
@@ -20,19 +20,20 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from checkpoint import CONFIG, locate
-from config import FAMILY, T5Config, find_size
+from architectures.slim import slim
+from checkpoints.config import FAMILY, T5Config, find_size
+from checkpoints.converted import CONFIG, locate
+from checkpoints.defaults import Defaults, DefaultsError, Files
+from checkpoints.sources import fetch_causal, refuse_encoder_decoder
 from decoder import DELTA, MAX_TOKENS, NUM_DRAFT, Commit, Stats, generate
-from defaults import Defaults, DefaultsError, Files
-from drafting import Drafter, LookupDrafter, ModelDrafter, Session
-from errors import InputError, PromptError
-from files import read_json
-from messages import last_text, read_prompt
 from model import T5Session, load, parameter_count
-from sampling import GREEDY, Sampling
-from slim import slim
-from sources import fetch_causal, refuse_encoder_decoder
-from text import TextStream, Tokenizer
+from speculation.drafting import Drafter, LookupDrafter, ModelDrafter, Session
+from speculation.sampling import GREEDY, Sampling
+from system import fast_blas
+from system.errors import InputError, PromptError
+from system.files import read_json
+from text.messages import last_text, read_prompt
+from text.tokenizer import TextStream, Tokenizer
 
 LOOKUP = "prompt-lookup"  # a draft without a model
 
@@ -391,8 +392,8 @@ def _session(
         fast_blas.fit_threads(parameter_count(model))
         slim(model)
         return T5Session(model, vocabulary, tokenizer.gaps(vocabulary))
-    import causal_model  # mlx-lm takes a second to import
-    from causal import CausalSession
+    from architectures import causal_model
+    from architectures.causal_session import CausalSession
 
     found = causal_model.load(folder, unverified)
     if vocabulary > found.rows:
@@ -413,7 +414,7 @@ def _session(
 def _eos_tokens(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
     if not is_causal(folder):
         return T5Config.read(folder).eos_tokens
-    import causal_model
+    from architectures import causal_model
 
     return causal_model.eos_tokens(folder, tokenizer.end)
 

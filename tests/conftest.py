@@ -12,7 +12,7 @@ import os
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import fast_blas  # noqa: F401  (before mlx: see there)
+import system.fast_blas  # noqa: F401  (before mlx: see there)
 
 import json
 import signal
@@ -35,13 +35,11 @@ from transformers import (
 )
 
 import convert
-import errors
-import fast_tokenizer
 import main
 import model
-import slow_tokenizer
-import spiece_tokenizer
-from text import reader_of
+from system import errors
+from text import fast_tokenizer, slow_tokenizer, spiece_tokenizer
+from text.tokenizer import reader_of
 
 # A shell's background has it ignored, by whatever is started from there as well.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

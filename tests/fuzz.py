@@ -25,7 +25,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import fast_blas  # noqa: F401  (before mlx: see there)
 
 import argparse
 import gc
@@ -69,8 +68,8 @@ from mutations import (
     seeds,
 )
 
-import confined
-from errors import InputError, one_line
+from system.errors import InputError, one_line
+from text import confined
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAT = [{"role": "user", "content": "the cat"}]
@@ -88,7 +87,7 @@ class Reader:
     folder: str  # of the seeds
     make: Callable[[Random, Path], Any]
     run: Callable[[Path, Path], None]  # (the input, where output may go)
-    imports: tuple[str, ...] = ("convert", "pair", "torch_file")
+    imports: tuple[str, ...] = ("convert", "pair", "checkpoints.torch_file")
     warm: Callable[[Path], None] | None = None  # what else is imported on the way
 
 
@@ -176,9 +175,9 @@ def run_model(folder: Path, _: Path, rules: bool = False) -> None:
     """What main.py does: load, and answer a prompt, by the ``rules`` that the files
     bring."""
     import pair
-    from sampling import Sampling
+    from speculation.sampling import Sampling
 
-    confined.Confined = sys.modules["text"].Confined = Contained
+    confined.Confined = sys.modules["text.tokenizer"].Confined = Contained
     loaded = pair.Pair.load(str(folder), pair.LOOKUP)
     options = {}
     if rules:
@@ -193,15 +192,15 @@ def run_model(folder: Path, _: Path, rules: bool = False) -> None:
 
 
 def run_tokenizer(folder: Path, out: Path) -> None:
-    import text
+    from text.tokenizer import TextStream, Tokenizer
 
-    text.Confined = Contained
-    tokenizer = text.Tokenizer(folder)
+    sys.modules["text.tokenizer"].Confined = Contained
+    tokenizer = Tokenizer(folder)
     tokenizer.gaps(min(tokenizer.size, 96))
     for each in TEXTS:
         ids = tokenizer.encode(each)
         for shown in (tokenizer.decode, tokenizer.decode_with_special):
-            stream = text.TextStream(shown)
+            stream = TextStream(shown)
             pieces = [stream.push(token) for token in ids[:20]]
             ("".join(pieces) + stream.finish()).encode()
     run_model(folder, out)
@@ -223,7 +222,7 @@ def run_convert(folder: Path, out: Path) -> None:
 
 def run_convert_config(folder: Path, out: Path) -> None:
     import convert
-    from config import Quantization
+    from checkpoints.config import Quantization
 
     convert.save_tokenizer = _copy_tokenizer
     _convert(folder, out, quantization=Quantization.choose(group_size=32))
@@ -242,7 +241,7 @@ def run_spiece(folder: Path, out: Path) -> None:
     """Convert with the tokenizer, and use both what was there and what came of it."""
     confined.Confined = Contained
     _convert(folder, out)
-    pieces = Contained("spiece_tokenizer", folder)
+    pieces = Contained("text.spiece_tokenizer", folder)
     for each in TEXTS:
         for special in (True, False):
             pieces.call("decode", pieces.call("encode", each), special)
@@ -253,7 +252,7 @@ def run_slow_tokenizer(folder: Path, out: Path) -> None:
     """Convert with the tokenizer; through transformers as well, for a chat."""
     confined.Confined = Contained
     _convert(folder, out)
-    slow = Contained("slow_tokenizer", folder)
+    slow = Contained("text.slow_tokenizer", folder)
     for each in TEXTS:
         slow.call("decode", slow.call("encode", each), True)
     run_model(out, out)
@@ -263,8 +262,7 @@ def run_slow_tokenizer(folder: Path, out: Path) -> None:
 
 def run_pickle(folder: Path, _: Path) -> None:
     """The pickle alone, which may raise what its docstring says; then in files."""
-    import torch_file
-    import torch_pickle
+    from checkpoints import torch_file, torch_pickle
 
     with suppress(torch_pickle.RefusedError, ValueError, KeyError):
         torch_pickle.load((folder / "pickle").read_bytes(), 0)
@@ -280,14 +278,19 @@ def run_pickle(folder: Path, _: Path) -> None:
 
 
 def _load_slow(folder: Path) -> None:
-    importlib.import_module("slow_tokenizer").open_folder(folder).encode("the cat")
+    importlib.import_module("text.slow_tokenizer").open_folder(folder).encode("the cat")
 
 
-_SPIECE = ("convert", "pair", "spiece_tokenizer")
-_SLOW = ("convert", "pair", "slow_tokenizer", "sentencepiece.sentencepiece_model_pb2")
+_SPIECE = ("convert", "pair", "text.spiece_tokenizer")
+_SLOW = (
+    "convert",
+    "pair",
+    "text.slow_tokenizer",
+    "sentencepiece.sentencepiece_model_pb2",
+)
 
 READERS = {
-    "pickle": Reader("pickle", make_pickle, run_pickle, ("torch_file",)),
+    "pickle": Reader("pickle", make_pickle, run_pickle, ("checkpoints.torch_file",)),
     "npz": Reader("mlx-f32", make_npz, run_model),
     "npz-bf16": Reader("mlx-bf16", make_npz, run_model),
     "npz-quantized": Reader("mlx-q", make_npz, run_model),
@@ -419,7 +422,7 @@ def _where(error: BaseException) -> str:
     """The program's own line that it came from."""
     frames = traceback.extract_tb(error.__traceback__)
     for frame in reversed(frames):
-        if Path(frame.filename).parent == ROOT:
+        if ROOT in Path(frame.filename).parents[:2]:
             return f"{Path(frame.filename).name}:{frame.lineno}"
     return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "?"
 

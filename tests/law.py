@@ -12,7 +12,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import fast_blas  # noqa: F401  (before mlx: see there)
 
 import argparse
 import tempfile
@@ -31,8 +30,8 @@ from conftest import save_checkpoint, tiny_torch
 import convert
 import model
 from decoder import generate
-from drafting import Draft, ModelDrafter, Session
-from sampling import Sampling
+from speculation.drafting import Draft, ModelDrafter, Session
+from speculation.sampling import Sampling
 
 VOCABULARY = 8
 END = 1

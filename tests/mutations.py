@@ -47,7 +47,7 @@ def make_seeds(folder: Path) -> None:
     from conftest import VOCABULARY, save_checkpoint, tiny_torch
 
     import convert
-    from config import Quantization
+    from checkpoints.config import Quantization
 
     hf = save_checkpoint(tiny_torch(8), folder / "hf")
     sharded = folder / "hf-sharded"

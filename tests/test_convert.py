@@ -1,6 +1,4 @@
-"""convert.py and checkpoint.py: what is written, what is refused, what remains."""
-
-import fast_blas  # noqa: F401  (before mlx: see there)
+"""convert.py and converted.py: what is written, what is refused, what remains."""
 
 import json
 import shutil
@@ -15,12 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-import checkpoint
 import convert
 import model
-from checkpoint import WEIGHTS, MappedWeights, WeightsWriter
-from errors import InputError
-from files import read_json
+from checkpoints import converted
+from checkpoints.converted import WEIGHTS, MappedWeights, WeightsWriter
+from system.errors import InputError
+from system.files import read_json
 
 
 @pytest.fixture
@@ -140,7 +138,7 @@ def test_a_billion_parameters_become_bfloat16(monkeypatch, source, tmp_path, cap
 
 def test_list(make, monkeypatch, capsys, tmp_path):
     """Each model's size and dtype; a damaged one is named, not a reason to stop."""
-    monkeypatch.setattr(checkpoint, "MODELS", tmp_path)
+    monkeypatch.setattr(converted, "MODELS", tmp_path)
     monkeypatch.setattr("sys.argv", ["convert.py", "--list"])
     convert.main()
     assert "nothing is converted" in capsys.readouterr().out
@@ -158,7 +156,7 @@ def test_reading_is_checked(make, tmp_path, monkeypatch):
     """A file that shrinks while it is read, or a disk that fails: said, no crash."""
     _, _, folder = make()
     stored = MappedWeights(folder / WEIGHTS)
-    monkeypatch.setattr(checkpoint.os, "preadv", lambda *_: 0)
+    monkeypatch.setattr(converted.os, "preadv", lambda *_: 0)
     with pytest.raises(InputError, match="become shorter"):
         stored.load(mx.load(str(folder / WEIGHTS)))
 
@@ -167,7 +165,7 @@ def test_large_reads_are_shared(make, tmp_path, monkeypatch):
     """Pieces of a tensor that different threads read come together right."""
     _, _, folder = make()
     whole = mx.load(str(folder / WEIGHTS))
-    monkeypatch.setattr(checkpoint, "_PIECE", 100)
+    monkeypatch.setattr(converted, "_PIECE", 100)
     read = MappedWeights(folder / WEIGHTS).load(whole)
     assert all(mx.array_equal(read[name], whole[name]) for name in whole)
 

@@ -1,7 +1,5 @@
 """The decoding loop: greedy speculative text is the target's, whatever is drafted."""
 
-import fast_blas  # noqa: F401  (before mlx: see there)
-
 import contextlib
 
 import mlx.core as mx
@@ -11,12 +9,12 @@ from conftest import VOCABULARY
 from hypothesis import given
 from hypothesis import strategies as st
 
-import drafting
 import model
 from decoder import generate
-from drafting import Draft, LookupDrafter, ModelDrafter
-from errors import InputError
-from sampling import GREEDY, Choices, Sampling
+from speculation import drafting
+from speculation.drafting import Draft, LookupDrafter, ModelDrafter
+from speculation.sampling import GREEDY, Choices, Sampling
+from system.errors import InputError
 
 #: Prompts that the tiny target answers with varied texts.
 PROMPTS = [[10, 11, 12, 1], [*range(24, 32), 1], [31, 32, 33, 34, 1]]

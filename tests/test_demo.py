@@ -1,7 +1,5 @@
 """The bundled pair, as `make run` uses it."""
 
-import fast_blas  # noqa: F401  (before mlx: see there)
-
 import random
 from pathlib import Path
 

@@ -4,8 +4,6 @@ A layout is the files, the config fields and the tensor names that the published
 checkpoints have; the weights are tiny and random. The oracle is transformers.
 """
 
-import fast_blas  # noqa: F401  (before mlx: see there)
-
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,16 +20,16 @@ from safetensors.torch import save_file
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoTokenizer, ByT5Tokenizer, T5Tokenizer
 
-import config
 import convert
 import model
-from config import MODES, Quantization, T5Config
-from errors import InputError
+from checkpoints import config
+from checkpoints.config import MODES, Quantization, T5Config
 from model import T5Session
 from pair import Pair
-from sampling import Sampling
-from slow_tokenizer import SlowTokenizer
-from text import TextStream, Tokenizer
+from speculation.sampling import Sampling
+from system.errors import InputError
+from text.slow_tokenizer import SlowTokenizer
+from text.tokenizer import TextStream, Tokenizer
 
 LINE = "the cat sat on a mat and saw the dog run over red green hills"
 PROMPT = "the cat saw the dog"

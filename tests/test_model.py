@@ -1,7 +1,5 @@
 """model.py against transformers in float32."""
 
-import fast_blas  # before mlx: see there
-
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -12,13 +10,13 @@ from hypothesis import strategies as st
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.models.t5.modeling_t5 import T5Attention
 
-import config
-import memory
 import model
-from config import T5Config
-from errors import InputError, TooLongError
+from architectures.slim import is_slim, slim
+from checkpoints import config
+from checkpoints.config import T5Config
 from pair import Pair
-from slim import is_slim, slim
+from system import fast_blas, memory
+from system.errors import InputError, TooLongError
 
 TOLERANCE = 1e-4
 

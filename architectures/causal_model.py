@@ -1,0 +1,445 @@
+"""Loading decoder-only models: mlx-lm's, made to compute what transformers does.
+
+mlx-lm has the layers. What its models pass over in a config is put right here for the
+architectures of :mod:`verified`: position embeddings, activations, windows, heads.
+"""
+
+import contextlib
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_map
+
+from architectures import verified
+from architectures.rotary import Rotary
+from architectures.verified import Verified
+from checkpoints.config import Special, find_size, with_text
+from checkpoints.converted import CONFIG, GENERATION_CONFIG
+from checkpoints.sources import Tensor, open_checkpoint, weight_files
+from model import activation, prepare_memory
+from system.errors import InputError
+from system.files import read_json, typed
+
+HEAD = "lm_head.weight"
+HINT = "decoder-only models need mlx-lm: pip install -r requirements-causal.txt"
+
+#: What a config may call the number of its layers, and the most of anything else that
+#: it counts: heads, experts, inputs.
+_LAYERS = {"num_hidden_layers", "num_layers", "n_layers", "n_layer"}
+_MOST = 4096
+
+
+@dataclass(frozen=True)
+class Causal:
+    """A decoder-only model, loaded.
+
+    Attributes:
+        model: ids (B, T) and caches -> logits (B, T, V).
+        rows: V, how many ids it has logits for.
+        positions: how many it takes: those that it was trained with, and has an
+            embedding for where they are not computed; None where nothing says.
+        verified: whether its text is known to be transformers', in batches too.
+    """
+
+    model: nn.Module
+    rows: int
+    positions: int | None
+    verified: bool
+
+
+def load(folder: Path, unverified: bool = False) -> Causal:
+    """Load a checkpoint as it is: Hugging Face's or mlx-community's, quantized or not.
+
+    On a CPU the weights become float32, quantized ones too.
+
+    Args:
+        unverified: load an architecture that :mod:`verified` does not have as well.
+
+    Raises:
+        InputError: mlx-lm is missing or does not have this architecture, it or one of
+            its fields is not verified, the files are damaged, or the weights do not fit
+            the memory.
+    """
+    config = read_json(folder / CONFIG)
+    refuse_code(config, folder)
+    known = verified.require(config, str(folder / CONFIG), unverified)
+    quantization = _quantization(config, folder)
+    tensors = require_weights(config, folder)
+    on_cpu = mx.default_device() == mx.cpu
+    if on_cpu:
+        mx.disable_compile()  # see model.load
+    try:
+        model = _build(config, known, folder, tensors, quantization)
+    except InputError:
+        raise
+    except (Exception, SystemExit) as error:  # of any kind, for whatever a folder holds
+        raise InputError(f"mlx-lm cannot load {folder}: {error}") from None
+    if on_cpu:
+        from mlx_lm.utils import dequantize_model
+
+        model = dequantize_model(model)
+        model.update(tree_map(_widen, model.parameters()))
+    if known is not None:
+        _mend(model, known)
+    weights = tree_flatten(model.parameters())
+    prepare_memory(sum(weight.nbytes for _, weight in weights), folder)
+    mx.eval(model.parameters())
+    model.eval()
+    positions = known.positions if known else _positions(config, model)
+    return Causal(model, _rows(model), positions, known is not None)
+
+
+def refuse_code(config: dict[str, Any], folder: Path) -> None:
+    """See to it that the folder's model is one of mlx-lm's, not Python that it brings.
+
+    No code of a folder is ever run. ``auto_map`` names code as well; where transformers
+    has the architecture itself, as it has Phi-3, that is a leftover and not needed.
+
+    Raises:
+        InputError: the model is defined by code in its folder.
+    """
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or not kind.isidentifier():
+        raise InputError(f"{folder / CONFIG} has no model_type that is a name")
+    needed = "model_file" if config.get("model_file") is not None else None
+    if not needed and config.get("auto_map") is not None:
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+        needed = None if kind in CONFIG_MAPPING_NAMES else "auto_map"
+    if needed:
+        raise InputError(
+            f"{folder / CONFIG} wants Python of the folder run ({needed}): no code "
+            f"that comes with a model is run here"
+        )
+
+
+def _quantization(config: dict[str, Any], folder: Path) -> dict[str, Any] | None:
+    """How mlx-lm quantized the weights; None where nobody did.
+
+    Raises:
+        InputError: another program did.
+    """
+    ours = config.get("quantization")
+    theirs = config.get("quantization_config")
+    if isinstance(theirs, dict) and "quant_method" in theirs and ours is None:
+        raise InputError(
+            f"{folder} is quantized by another program ({theirs['quant_method']}): "
+            f"take what it was made from, or what mlx-lm quantized (mlx-community)"
+        )
+    ours = ours or theirs
+    if ours is not None and not isinstance(ours, dict):
+        raise InputError(f"{folder / CONFIG} has an odd value in quantization")
+    return ours
+
+
+def require_weights(config: dict[str, Any], folder: Path) -> dict[str, Tensor]:
+    """See to it that the weights are whole, and that there are some for every layer.
+
+    mlx-lm makes the layers that a config asks for before it looks at the weights.
+
+    Returns:
+        The checkpoint's tensors, mapped.
+
+    Raises:
+        InputError: they are damaged, missing, or fewer than the layers.
+    """
+    tensors = open_checkpoint(folder)
+    filled = sum(tensor.bits.size > 0 for tensor in tensors.values())
+    for values in with_text(config):
+        for name, value in values.items():
+            most = _most(name, filled)
+            number = isinstance(value, int | float)
+            if most is not None and number and not value <= most:
+                raise InputError(
+                    f"{folder / CONFIG} does not fit the weights: its {name} is over "
+                    f"{most}, and they are {filled} tensors"
+                )
+    return tensors
+
+
+def _most(name: str, tensors: int) -> int | None:
+    """The most that a number of this name may be, with so many tensors; None for one
+    that counts nothing."""
+    if name.endswith(("_size", "_dim")):
+        return 1 << 24
+    if name in _LAYERS:
+        return min(tensors // 2, 1000)
+    counts = any(word in name for word in ("num_", "layers", "expert"))
+    return _MOST if counts else None
+
+
+def _build(
+    config: dict[str, Any],
+    known: Verified | None,
+    folder: Path,
+    tensors: dict[str, Tensor],
+    quantization: dict[str, Any] | None,
+) -> nn.Module:
+    """mlx-lm's model with the folder's weights, nothing of it computed."""
+    try:
+        # What its modules print at import is for no answer's reader.
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            from mlx_lm.utils import _get_classes
+
+            model_class, arguments = _get_classes(config)
+    except SystemExit:
+        said = printed.getvalue().strip() or "its module asks to end the program"
+        raise InputError(f"mlx-lm cannot load {folder}: {said}") from None
+    except ImportError:
+        raise InputError(HINT) from None
+    if known is not None and config["model_type"] == "gpt2":
+        model_class = _gpt2(model_class, known)
+    model = model_class(arguments.from_dict(known.arguments if known else config))
+    weights = _weights(folder, tensors)
+    if known is not None:
+        weights = _without_copies(weights, known.tied, folder)
+    if hasattr(model, "sanitize"):
+        weights = model.sanitize(weights)
+    if quantization is not None:
+        _quantize(model, weights, quantization)
+    model.load_weights(list(weights.items()), strict=True)
+    return model
+
+
+def _weights(folder: Path, tensors: dict[str, Tensor]) -> dict[str, mx.array]:
+    """A checkpoint's tensors by name; read from safetensors as they are needed."""
+    weights: dict[str, mx.array] = {}
+    for path in weight_files(folder):
+        if path.suffix == ".safetensors":
+            weights |= mx.load(str(path))
+    if not weights:
+        for name, tensor in tensors.items():
+            bits = mx.array(np.ascontiguousarray(tensor.bits))
+            weights[name] = bits.view(mx.bfloat16) if tensor.dtype == "BF16" else bits
+    return weights
+
+
+def _without_copies(
+    weights: dict[str, mx.array], tied: bool, folder: Path
+) -> dict[str, mx.array]:
+    """Without what older checkpoints store and no model reads: frequencies that are
+    computed, and a tied head, which is the embedding once more.
+
+    Raises:
+        InputError: a head is another matrix than the embedding that it should be tied
+            to; transformers would then not tie it.
+    """
+    weights = {
+        name: weight
+        for name, weight in weights.items()
+        if not name.endswith("rotary_emb.inv_freq")
+    }
+    if not tied or HEAD not in weights:
+        return weights
+    ends = ("embed_tokens.weight", "wte.weight")
+    embedding = next((w for name, w in weights.items() if name.endswith(ends)), None)
+    if embedding is not None:
+        if not mx.array_equal(weights[HEAD], embedding).item():
+            raise InputError(
+                f"{folder / CONFIG} says that the head is tied, and {HEAD} is another "
+                f"matrix than the embedding"
+            )
+        del weights[HEAD]
+    return weights
+
+
+def _quantize(
+    model: nn.Module, weights: dict[str, mx.array], quantization: dict[str, Any]
+) -> None:
+    """Turn those layers into quantized ones that have scales among the weights."""
+
+    def settings(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        if not hasattr(module, "to_quantized") or f"{path}.scales" not in weights:
+            return False
+        own = quantization.get(path)
+        return own if isinstance(own, dict) else True
+
+    nn.quantize(
+        model,
+        group_size=quantization["group_size"],
+        bits=quantization["bits"],
+        mode=quantization.get("mode", "affine"),
+        class_predicate=settings,
+    )
+
+
+def _gpt2(model_class: type, known: Verified) -> type:
+    """GPT-2 as transformers has it: a feed-forward of any width, a head that may be
+    untied, and weights by the names of any generation. mlx-lm has those of the first
+    checkpoints, that the hub's ``gpt2`` to ``gpt2-xl`` still have."""
+    width = known.arguments.get("n_inner")
+    tied = known.arguments["tie_word_embeddings"]
+
+    class GPT2(model_class):
+        def __init__(self, args: Any):
+            super().__init__(args)
+            if width is not None:
+                for block in self.model.h:
+                    block.mlp.c_fc = nn.Linear(args.n_embd, width)
+                    block.mlp.c_proj = nn.Linear(width, args.n_embd)
+            if not tied:
+                self.lm_head = nn.Linear(args.n_embd, args.vocab_size, bias=False)
+
+        def __call__(self, inputs: mx.array, cache: Any = None) -> mx.array:
+            if tied:
+                return super().__call__(inputs, cache)
+            return self.lm_head(self.model(inputs, cache))
+
+        def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+            head = weights.get(HEAD)
+            found = super().sanitize(
+                {
+                    name.removeprefix("transformer."): weight
+                    for name, weight in weights.items()
+                    if name != HEAD and not name.endswith(".attn.masked_bias")
+                }
+            )
+            return found if head is None else {**found, HEAD: head}
+
+    return GPT2
+
+
+def _mend(model: nn.Module, known: Verified) -> None:
+    """Give a model what its config asks for and mlx-lm's passes over."""
+    row = known.row
+    for number, layer in enumerate(model.layers):
+        attention = layer[row.attention]
+        if known.rotary is not None and isinstance(attention.rope, nn.RoPE):
+            attention.rope = Turned(known.rotary)
+        if known.activation is not None:
+            matrices = [layer.mlp[name] for name in row.feed_forward]
+            layer.mlp = FeedForward(matrices, known.activation, row.fused)
+        if known.arguments["model_type"] == "gpt2":
+            attention.scale = _gpt2_scale(known.arguments, attention.head_dim, number)
+        window = known.windows[number] if known.windows else None
+        if window is not None or known.grouped:
+            setattr(layer, row.attention, Masked(attention, window, known.grouped))
+
+
+def _gpt2_scale(arguments: dict[str, Any], size: int, layer: int) -> float:
+    scale = size**-0.5 if arguments["scale_attn_weights"] else 1.0
+    return scale / (layer + 1 if arguments["scale_attn_by_inverse_layer_idx"] else 1)
+
+
+class Turned(nn.Module):
+    """A rotary embedding of any kind, in the place of mlx-lm's own."""
+
+    def __init__(self, rotary: Rotary):
+        super().__init__()
+        self._size, self._factor = rotary.size, rotary.factor
+        self._lengths = mx.array(1 / rotary.frequencies)
+
+    def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
+        """Turn (B, H, T, D) by positions from ``offset`` on, an int or (B,)."""
+        if self._factor != 1:
+            x = mx.concatenate(
+                [x[..., : self._size] * self._factor, x[..., self._size :]], axis=-1
+            )
+        return mx.fast.rope(
+            x,
+            self._size,
+            traditional=False,
+            base=None,
+            scale=1.0,
+            offset=offset,
+            freqs=self._lengths,
+        )
+
+
+class FeedForward(nn.Module):
+    """A layer's feed-forward with another activation than mlx-lm's model has."""
+
+    def __init__(self, matrices: list[nn.Module], name: str, fused: bool):
+        """
+        Args:
+            matrices: in and out; or gate, in and out.
+            fused: whether the first of two is gate and in as one.
+        """
+        super().__init__()
+        self.matrices = matrices
+        self._activation = activation(name)
+        self._fused = fused
+
+    def __call__(self, x: mx.array) -> mx.array:
+        *inner, out = self.matrices
+        states = [matrix(x) for matrix in inner]
+        if self._fused:
+            states = mx.split(states[0], 2, axis=-1)
+        states[0] = self._activation(states[0])
+        return out(states[0] * states[1] if len(states) == 2 else states[0])
+
+
+class Masked(nn.Module):
+    """An attention with the mask that it needs, which mlx-lm's model does not make.
+
+    For a window, that is, and where groups of heads have an axis of their own, along
+    which a mask for rows of different lengths has to be repeated.
+    """
+
+    def __init__(self, attention: nn.Module, window: int | None, grouped: bool):
+        super().__init__()
+        self.attention = attention
+        self._window, self._grouped = window, grouped
+
+    def __call__(
+        self, x: mx.array, mask: mx.array | str | None = None, cache: Any = None
+    ) -> mx.array:
+        size = x.shape[1]
+        held = 0 if cache is None else cache.size()
+        if self._window is not None and held + size > self._window:
+            mask = cache.make_mask(size, return_array=True, window_size=self._window)
+        if self._grouped and isinstance(mask, mx.array) and mask.ndim == 4:
+            mask = mask[:, :, None]
+        return self.attention(x, mask, cache)
+
+
+def _widen(weight: mx.array) -> mx.array:
+    floating = mx.issubdtype(weight.dtype, mx.floating)
+    return weight.astype(mx.float32) if floating else weight
+
+
+def _rows(model: nn.Module) -> int:
+    """How many ids a model has logits for, whatever its config says.
+
+    Raises:
+        InputError: its parts do not go together.
+    """
+    try:
+        return model(mx.array([[0]])).shape[-1]  # lazy: nothing is computed
+    except Exception as error:  # of any kind, for whatever a config may say
+        raise InputError(f"mlx-lm cannot run this model: {error}") from None
+
+
+def _positions(config: dict[str, Any], model: nn.Module) -> int | None:
+    """How many positions a model takes that is not verified."""
+    said = find_size(config, "n_positions", "max_position_embeddings")
+    learned = [
+        weight.shape[0]
+        for name, weight in tree_flatten(model.parameters())
+        if name.endswith(("wpe.weight", "embed_positions.weight"))
+    ]
+    if said is not None:
+        learned.append(min(said, np.iinfo(np.int32).max))
+    return min(learned, default=None)
+
+
+def eos_tokens(folder: Path, tokenizer_end: int | None) -> frozenset[int]:
+    """The ids that end a text; there may be several.
+
+    What generation_config.json says counts before the config, as in ``generate``; where
+    neither says, the end that the tokenizer has, as in mlx-lm.
+
+    Raises:
+        InputError: an id is no number.
+    """
+    for name in (GENERATION_CONFIG, CONFIG):
+        for values in with_text(read_json(folder / name, optional=name != CONFIG)):
+            ends = typed(values, Special, str(folder / name)).eos_token_id
+            if ends is not None:
+                return frozenset(ends if isinstance(ends, list) else [ends])
+    return frozenset([] if tokenizer_end is None else [tokenizer_end])

@@ -1,0 +1,180 @@
+"""The prompt loop of ``main.py --interactive``: a line in, an answer out."""
+
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from system.errors import InputError, TooLongError, one_line, say
+
+if TYPE_CHECKING:
+    from pair import Generation
+    from text.messages import Messages
+
+HELP = """\
+a line is a prompt, spaces at its start included; one that begins with a colon is a
+command, but not with a space before the colon:
+:stats         the figures of the last answer
+:prefix TEXT   put TEXT before every line; alone, nothing
+:new           begin another conversation (with --chat)
+:q             leave, like Ctrl-D (Ctrl-C stops an answer)"""
+
+#: The marks that UTF-16 begins with, as bytes that are no UTF-8 are read.
+_UTF16 = ("\udcff\udcfe", "\udcfe\udcff")
+
+
+def open_input() -> None:
+    """Have standard input read as UTF-8, without the mark that it may begin with.
+
+    Bytes that are not UTF-8 are named as the prompt that they are in.
+    """
+    sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
+
+
+def check_start(line: str) -> None:
+    """Raise an InputError for a first line that is UTF-16's, as all the others are."""
+    if line.startswith(_UTF16):
+        raise InputError(
+            "standard input is UTF-16, not UTF-8: convert it (iconv -f UTF-16 -t UTF-8)"
+        )
+
+
+class Conversation:
+    """What has been said, from the system's message on, as far as it is kept.
+
+    Attributes:
+        messages: those before the next one.
+    """
+
+    def __init__(self, system: "Messages", keep_turns: int | None):
+        """
+        Args:
+            system: what every conversation begins with.
+            keep_turns: how many turns are not dropped for it to fit; None for all.
+        """
+        self._system = list(system)
+        self._keep = keep_turns
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget all but the system's message."""
+        self.messages = list(self._system)
+        self._said = False
+
+    def add(self, prompt: str, answer: str) -> None:
+        self.messages.append({"role": "user", "content": prompt})
+        self.messages.append({"role": "assistant", "content": answer})
+
+    def fit(self, respond: Callable[["Messages"], None]) -> None:
+        """Call ``respond`` with the messages; while that is too much, with fewer.
+
+        Raises:
+            TooLongError: it is too much without all that may be dropped; nothing is.
+        """
+        first, dropped = len(self._system), 0
+        while True:
+            messages = self._system + self.messages[first + 2 * dropped :]
+            turns = (len(messages) - first) // 2
+            try:
+                respond(messages)
+            except TooLongError as error:
+                if self._keep is None or turns <= self._keep:
+                    if len(self.messages) == first:
+                        raise
+                    advice = "or begin another conversation with :new"
+                    raise TooLongError(f"{error}, {advice}") from None
+                dropped += 1
+                continue
+            if dropped and not self._said:
+                self._said = True
+                say("the conversation is too long: its oldest turns are dropped")
+            self.messages = messages
+            return
+
+
+def converse(
+    answer: Callable[[str, "Messages"], list["Generation"]],
+    write: Callable[[list["Generation"]], None],
+    report: Callable[[list["Generation"]], None],
+    prefix: str,
+    chat: bool = False,
+    system: "Messages" = (),
+    keep_turns: int | None = None,
+) -> None:
+    """Read lines until the end of input and answer each.
+
+    Args:
+        answer: begins the answers to a prompt, after the messages before it.
+        write: streams them out.
+        report: says their figures.
+        prefix: put before each line, until ``:prefix`` sets another.
+        chat: whether a line goes on with the conversation, until ``:new``.
+        system: the messages that each conversation begins with.
+        keep_turns: of :class:`Conversation`.
+
+    Raises:
+        InputError: standard input is UTF-16.
+    """
+    with suppress(ImportError):  # not on every system
+        import readline  # noqa: F401  (gives input() line editing and a history)
+    open_input()
+    terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if terminal:
+        say(":help says what there is; Ctrl-D leaves")
+        if prefix:
+            say(f"before each line goes '{prefix}' (:prefix changes it)")
+    last: list[Generation] | None = None
+    conversation = Conversation(system, keep_turns)
+    first = True
+    while True:
+        try:
+            line = input("> " if terminal else "")
+        except EOFError:
+            if terminal:
+                print()
+            return
+        except KeyboardInterrupt:
+            print()  # the line that was begun is dropped, as in a shell
+            continue
+        if first:
+            check_start(line)
+            first = False
+        if not line.strip():
+            continue
+        if line.startswith(":"):
+            command, _, argument = line.rstrip().partition(" ")
+            argument = argument.strip()
+            if command in (":q", ":quit") and not argument:
+                return
+            if command == ":stats" and not argument:
+                if last is None:
+                    say("nothing has been answered yet")
+                else:
+                    report(last)
+            elif command == ":prefix":
+                prefix = f"{argument} " if argument else ""
+            elif command == ":new" and not argument:
+                conversation.begin()
+            elif command == ":help" and not argument:
+                say(HELP)
+            else:
+                say(f"there is no {one_line(line)}: :help says what there is")
+            continue
+        prompt = prefix + line
+
+        def respond(messages: "Messages", prompt: str = prompt) -> None:
+            nonlocal last
+            current = answer(prompt, messages)
+            try:
+                write(current)
+            except KeyboardInterrupt:
+                say("stopped")
+            last = current
+
+        try:
+            conversation.fit(respond)
+        except InputError as error:
+            say(one_line(str(error)))
+            continue
+        if chat and last[0].text.strip():  # the first of several goes on
+            conversation.add(prompt, last[0].text)

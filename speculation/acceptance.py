@@ -1,0 +1,169 @@
+"""Which draft tokens the target keeps: pure functions on arrays.
+
+p is the target, q the draft. Shapes: B = batch, K = draft tokens, V = vocabulary.
+Leviathan, Kalman, Matias: "Fast Inference from Transformers via Speculative Decoding",
+arXiv 2211.17192.
+"""
+
+import math
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from speculation.sampling import draw
+
+
+class Verdict(NamedTuple):
+    """What becomes of one round's draft.
+
+    Attributes:
+        accepted: (B,) int32, how many draft tokens stand, from the left.
+        next_token: (B,) int32, the target's own token after those.
+        finite: (B,) int32, how many positions, from the left, have usable logits: no
+            NaN, no inf, not only -inf. Fewer than what is committed is an error; a
+            position that is not reached does not matter.
+    """
+
+    accepted: mx.array
+    next_token: mx.array
+    finite: mx.array
+
+
+def verify_greedy(
+    logits: mx.array, draft: mx.array, counts: mx.array | None, delta: float
+) -> Verdict:
+    """Accept the draft tokens that the target would have chosen itself.
+
+    With ``delta`` above 0 also a token whose logit is within log(1 - delta) of the
+    largest, that is, at temperature 1, whose probability is at least 1 - delta times
+    that of the best. No guarantee on the text's law goes with that. An id outside the
+    vocabulary, or one that is banned by a logit of -inf, is never accepted.
+
+    Args:
+        logits: (B, K + 1, V) of the target; those at k are for draft token k.
+        draft: (B, K) int32.
+        counts: (B,) int32, how many of the K are real; None when all are.
+        delta: in [0, 1]; 0 accepts equality with the argmax alone.
+    """
+    best = mx.argmax(logits, axis=-1).astype(mx.int32)
+    highest = logits.max(axis=-1)  # NaN wherever there is one; argmax may pass it over
+    finite = _from_the_left(mx.isfinite(highest))
+    size = draft.shape[1]
+    if size == 0:
+        return Verdict(mx.zeros(best.shape[0], mx.int32), best[:, 0], finite)
+
+    accept = draft == best[:, :size]
+    if delta > 0:
+        inside = (draft >= 0) & (draft < logits.shape[-1])
+        index = mx.where(inside, draft, 0)[..., None]
+        own = mx.take_along_axis(logits[:, :size], index, axis=-1)[..., 0]
+        least = -math.inf if delta == 1 else math.log1p(-delta)
+        near = own.astype(mx.float32) >= highest[:, :size].astype(mx.float32) + least
+        accept = accept | (near & inside & mx.isfinite(own))
+    accepted = _from_the_left(accept, counts)
+    next_token = mx.take_along_axis(best, accepted[:, None], axis=1)[:, 0]
+    return Verdict(accepted, next_token, finite)
+
+
+def accept_probability(p: mx.array, q: mx.array, delta: float) -> mx.array:
+    """With which probability a draft token stands: min(1, p / ((1 - delta) q)).
+
+    At ``delta`` 0 it is the rule of section 2.3 of the paper, else that of its appendix
+    A.5 with the lenience 1 - delta; at 1 every token stands.
+
+    Args:
+        p: the target's probabilities of the draft's tokens, any shape.
+        q: the draft's, likewise; NaN, of a broken draft, is accepted at ``delta`` 1
+            alone.
+    """
+    if delta == 1:
+        return mx.ones_like(p)
+    least = (1 - delta) * q
+    # Division only where it is safe: p below, hence q above 0.
+    below = p < least
+    share = mx.where(below, p / mx.where(below, least, 1), p > 0)
+    return mx.where(mx.isnan(q), 0, share)
+
+
+def residual(p: mx.array, q: mx.array) -> mx.array:
+    """The law of the token in a rejected one's place: normalize(max(p - q, 0)).
+
+    Where nothing is left, which is where q is p up to rounding, it is p; so it is where
+    q is 0, which is the token after a draft that stood as a whole.
+
+    Args:
+        p: (..., V) of the target.
+        q: (..., V) of the draft; a row of NaN counts as 0.
+    """
+    left = mx.where(p > q, p - q, 0)
+    mass = left.sum(axis=-1, keepdims=True)
+    return mx.where(mass > 0, left / mx.where(mass > 0, mass, 1), p)
+
+
+def verify(
+    p: mx.array,
+    draft: mx.array,
+    q: mx.array | None,
+    counts: mx.array | None,
+    delta: float,
+    uniform: mx.array,
+    allowed: mx.array | None = None,
+) -> Verdict:
+    """Accept or reject sampled draft tokens so that the text keeps the target's law.
+
+    For each token given those before it, at any ``delta``: no token x is emitted with a
+    probability above p(x) / (1 - delta), and the total variation distance of what is
+    emitted from p is at most min(delta, TV(p, q)). At ``delta`` 0 that is p exactly:
+    appendix A.1 of the paper.
+
+    Args:
+        p: (B, K + 1, V) of the target; those at k are for draft token k.
+        draft: (B, K) int32.
+        q: (B, K, V) that the draft tokens were drawn from; None when each was certain.
+        counts: (B,) int32, how many of the K are real; None when all are.
+        delta: in [0, 1].
+        uniform: (B, K + 1) in [0, 1), independent of the draft: the first for the
+            target's own token, the others for the draft's.
+        allowed: (B, K) bool, False for tokens that must not stand even at ``delta`` 1;
+            None when all may. An id outside the vocabulary never does.
+    """
+    batch, size = draft.shape
+    vocabulary = p.shape[-1]
+    # NaN, inf or only -inf among a row's logits make all its probabilities NaN.
+    finite = _from_the_left(mx.isfinite(p[..., 0]))
+    if size == 0:
+        return Verdict(mx.zeros(batch, mx.int32), draw(p[:, 0], uniform[:, 0]), finite)
+    inside = (draft >= 0) & (draft < vocabulary)
+    index = mx.where(inside, draft, 0)[..., None]
+    p_draft = mx.take_along_axis(p[:, :size], index, axis=-1)[..., 0]
+    q_draft = mx.ones_like(p_draft)
+    if q is not None:
+        q_draft = mx.take_along_axis(q, index, axis=-1)[..., 0]
+    accept = uniform[:, 1:] < accept_probability(p_draft, q_draft, delta)
+    accept = accept & inside if allowed is None else accept & inside & allowed
+    accepted = _from_the_left(accept, counts)
+
+    # Only the first rejection's place matters. Beyond the draft's last token q is 0,
+    # and so the residual is p itself.
+    place = mx.minimum(accepted, size - 1)[:, None]
+    rejected = accepted < (size if counts is None else counts)
+    if q is not None:
+        q_there = mx.take_along_axis(q, place[..., None], axis=1)[:, 0]
+    else:
+        q_there = mx.arange(vocabulary) == mx.take_along_axis(draft, place, axis=1)
+    q_there = mx.where(rejected[:, None], q_there, 0.0)
+    p_there = mx.take_along_axis(p, accepted[:, None, None], axis=1)[:, 0]
+    next_token = draw(residual(p_there, q_there), uniform[:, 0])
+    return Verdict(accepted, next_token, finite)
+
+
+def _from_the_left(fine: mx.array, counts: mx.array | None = None) -> mx.array:
+    """How many stand (B,): one stands only if all those before it do.
+
+    Args:
+        fine: (B, N) bool.
+        counts: (B,) how many of the N are real; None when all are.
+    """
+    if counts is not None:
+        fine = fine & (mx.arange(fine.shape[1]) < counts[:, None])
+    return mx.cumprod(fine.astype(mx.int32), axis=1).sum(axis=1)

@@ -1,0 +1,137 @@
+"""How much memory there is left, and a refusal of what needs more.
+
+MLX does not survive an allocation that fails while it computes: on a CPU the process
+ends in a segmentation fault, or is killed where memory was promised that is not there.
+So what is large is counted before it is begun.
+"""
+
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import mlx.core as mx
+
+from system.errors import TooLongError
+
+#: Bytes for which nobody is asked what is left, as that takes a millisecond.
+SMALL = 1 << 24
+
+_PROC, _GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+#: Of cgroups version 2 and 1: the limit, what is used, and what of that are pages of
+#: files, that the kernel takes back.
+_NAMES = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+
+
+def total() -> int | None:
+    """The bytes that the device can use well; None where it has to say so itself."""
+    if mx.metal.is_available():
+        return int(mx.device_info()["max_recommended_working_set_size"])
+    if mx.default_device() == mx.cpu:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None  # CUDA can page
+
+
+def free() -> int | None:
+    """The bytes of it that can still be allocated, likewise.
+
+    On Linux what the kernel, the process's limits and its control groups leave.
+    """
+    whole = total()
+    if whole is None:
+        return None
+    left = [whole - mx.get_active_memory()]
+    if mx.default_device() == mx.cpu:
+        left += [*_machine(_PROC), *_limits(_PROC), *_groups(_PROC, _GROUPS)]
+    return max(0, min(left))
+
+
+def fits(size: int) -> bool:
+    """Whether ``size`` bytes more can be allocated, as far as anything says."""
+    left = free()
+    if left is None or size <= left:
+        return True
+    mx.clear_cache()  # buffers that MLX keeps for what comes next
+    return size <= free()
+
+
+def require_room(tokens: int, size: int) -> None:
+    """See to it that a prompt fits the memory, before it is computed.
+
+    Args:
+        tokens: how many it has, to say so.
+        size: the bytes that computing it takes at once.
+
+    Raises:
+        TooLongError: there is not as much left.
+    """
+    if size > SMALL and not fits(size):
+        raise TooLongError(
+            f"the prompt has {tokens:,} tokens, for which the model needs "
+            f"{size / 1e9:.1f} GB, and this machine has {free() / 1e9:.1f} GB left: "
+            f"shorten it"
+        )
+
+
+def _machine(proc: Path) -> Iterator[int]:
+    """What the kernel can give without killing anybody, swap included."""
+    values = _fields(proc / "meminfo")
+    if "MemAvailable" in values:
+        yield (values["MemAvailable"] + values.get("SwapFree", 0)) << 10
+
+
+def _limits(proc: Path) -> Iterator[int]:
+    """What the process's own limits leave (ulimit -v and -d)."""
+    used = _fields(proc / "self" / "status")
+    for limit, name in (
+        (resource.RLIMIT_AS, "VmSize"),
+        (resource.RLIMIT_DATA, "VmData"),
+    ):
+        most, _ = resource.getrlimit(limit)
+        if most != resource.RLIM_INFINITY and name in used:
+            yield most - (used[name] << 10)
+
+
+def _groups(proc: Path, groups: Path) -> Iterator[int]:
+    """What the control groups leave that the process is in, and those around them."""
+    for line in _text(proc / "self" / "cgroup").splitlines():
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if number == "0" and not controllers:
+            root, names = groups, _NAMES[0]
+        elif "memory" in controllers.split(","):
+            root, names = groups / "memory", _NAMES[1]
+        else:
+            continue
+        # A container may see its own group at the root, whatever its path is outside.
+        inner = root / path.lstrip("/")
+        for folder in (inner, *inner.parents):
+            if folder == root or root in folder.parents:
+                yield from _group(folder, *names)
+
+
+def _group(folder: Path, limit: str, used: str, cached: str) -> Iterator[int]:
+    with suppress(ValueError):  # "max", or no such file
+        left = int(_text(folder / limit)) - int(_text(folder / used))
+        yield left + _fields(folder / "memory.stat").get(cached, 0)
+
+
+def _fields(path: Path) -> dict[str, int]:
+    """The numbers of a file whose lines are a name, maybe a colon, and a number."""
+    found = {}
+    for line in _text(path).splitlines():
+        name, *rest = line.replace(":", " ").split()[:2] or [""]
+        if rest and rest[0].isdigit():
+            found[name] = int(rest[0])
+    return found
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8", "replace")
+    except OSError:
+        return ""

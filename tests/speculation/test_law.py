@@ -1,0 +1,208 @@
+"""The law of sampled text is the target's: measured, and seen to fail when broken.
+
+The seeds are fixed, so a test passes always or never. For other seeds each of the
+LEGIT tests would fail by chance with probability LEAST: in all about one in 700.
+``python tests/law.py`` tests every combination, with more samples.
+"""
+
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from law import (
+    END,
+    PROMPT,
+    WAYS,
+    Point,
+    TinyPair,
+    chi_square,
+    distance,
+    exact_law,
+    next_probs,
+    sample,
+)
+
+import decoder
+from decoder import generate
+from speculation import acceptance, sampling
+
+LEAST = 1e-4
+SAMPLES = 5000
+
+LEGIT = [
+    ("temperature 0.5", "model", 1),
+    ("temperature 1", "model", 3),
+    ("temperature 1", "point", 3),
+    ("temperature 1.5", "model", 5),
+    ("top-k 5, top-p 0.8", "model", 3),
+    ("top-k 5, top-p 0.8", "point", 1),
+    ("no bigram twice", "model", 3),
+]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return TinyPair.make(tmp_path_factory.mktemp("law"))
+
+
+def p_value(pair, way, kind, num_draft, seed=1) -> float:
+    options = replace(WAYS[way], seed=seed)
+    drafter = pair.drafter if kind == "model" else Point()
+    seen, _, _ = sample(pair, drafter, options, num_draft, SAMPLES)
+    return chi_square(seen, exact_law(pair, options))
+
+
+@pytest.mark.parametrize("way, kind, num_draft", LEGIT)
+def test_law_is_the_targets(pair, way, kind, num_draft):
+    assert distance(pair, WAYS[way]) > 0.2  # the draft's would not pass
+    assert p_value(pair, way, kind, num_draft) > LEAST
+
+
+def test_plain_sampling(pair):
+    """The target alone, whose next round is begun before this one has been read."""
+    options = WAYS["no bigram twice"]
+    seen, _, _ = sample(pair, None, options, 0, SAMPLES)
+    assert chi_square(seen, exact_law(pair, options)) > LEAST
+
+
+def no_residual(monkeypatch):
+    monkeypatch.setattr(acceptance, "residual", lambda p, q: p)
+
+
+def same_numbers_for_drafting_and_judging(monkeypatch):
+    def judging(self, drafted):
+        own = self._judging[:, :1]
+        return mx.concatenate([own, self._drawing[:, :drafted]], axis=1)
+
+    monkeypatch.setattr(sampling.Chooser, "judging", judging)
+
+
+def bonus_from_the_last_residual(monkeypatch):
+    """As if the draft's last token had been rejected, when all have stood."""
+    verify = acceptance.verify
+
+    def broken(p, draft, q, counts, delta, uniform, allowed=None):
+        q = mx.pad(q, [(0, 0), (0, 1), (0, 0)], constant_values=0)
+        q[:, -1] = q[:, -2]
+        draft = mx.pad(draft, [(0, 0), (0, 1)], constant_values=-1)  # rejected
+        p = mx.concatenate([p, p[:, -1:]], axis=1)
+        uniform = mx.pad(uniform, [(0, 0), (0, 1)], constant_values=1)
+        return verify(p, draft, q, None, delta, uniform, allowed)
+
+    monkeypatch.setattr(decoder, "verify", broken)
+
+
+def unfiltered_q(monkeypatch):
+    """The draft's tokens come from the filtered q, but another is told."""
+    draft = sampling.Chooser.draft
+
+    def told(self, logits, drafted):
+        token, _ = draft(self, logits, drafted)
+        return token, mx.softmax(logits, axis=-1)
+
+    monkeypatch.setattr(sampling.Chooser, "draft", told)
+
+
+@pytest.mark.parametrize(
+    "way, num_draft, breakage",
+    [
+        ("temperature 1", 3, no_residual),
+        ("temperature 1", 3, same_numbers_for_drafting_and_judging),
+        ("temperature 1", 1, bonus_from_the_last_residual),
+        ("top-k 5, top-p 0.8", 3, unfiltered_q),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_a_broken_rule_is_noticed(pair, monkeypatch, way, num_draft, breakage):
+    breakage(monkeypatch)
+    assert p_value(pair, way, "model", num_draft) < LEAST / 100
+
+
+def test_alpha_is_the_overlap(pair):
+    """Σ min(p, q), from transformers' logits: within 4.5 standard errors, which by
+    chance is missed once in 150,000 seeds."""
+    options = WAYS["temperature 1"]
+    p = next_probs(pair.oracle, [0], [()], options)
+    q = next_probs(pair.draft_oracle, [0], [()], options)
+    overlap = float(np.minimum(p, q).sum())
+    stood = sum(
+        commit.accepted
+        for commit in generate(
+            pair.target,
+            pair.drafter,
+            [PROMPT] * SAMPLES,
+            eos_tokens={END},
+            max_tokens=2,
+            num_draft=1,
+            sampling=options,
+        )
+        if commit.stats.rounds == 1
+    )
+    error = (overlap * (1 - overlap) / SAMPLES) ** 0.5
+    assert abs(stood / SAMPLES - overlap) < 4.5 * error
+
+
+@pytest.mark.parametrize("num_draft", [0, 1, 4])
+def test_a_row_alone_is_the_row_in_a_batch(pair, num_draft):
+    """A row's text depends on its stream, not on its neighbours: neither on how far
+    they are nor on what is left to them, so that a batch of one has the same law."""
+    options = {
+        "eos_tokens": {END},
+        "max_tokens": 7,
+        "num_draft": num_draft,
+        "sampling": WAYS["no bigram twice"],
+    }
+    rows = 40
+
+    def texts(prompts, streams):
+        found = [[] for _ in prompts]
+        for commit in generate(
+            pair.target, pair.drafter, prompts, streams=streams, **options
+        ):
+            found[commit.row] += commit.tokens
+        return found
+
+    together = texts([PROMPT] * rows, [(row,) for row in range(rows)])
+    assert len({tuple(text) for text in together}) > rows / 2
+    for row in range(rows):
+        assert texts([PROMPT], [(row,)]) == [together[row]]
+
+
+def test_seeds_and_streams(pair):
+    """The same seed gives the same text; another seed or another stream another."""
+
+    def text(seed, stream):
+        options = replace(WAYS["temperature 1.5"], seed=seed)
+        return [
+            commit.tokens
+            for commit in generate(
+                pair.target,
+                pair.drafter,
+                [PROMPT] * 20,
+                eos_tokens={END},
+                max_tokens=6,
+                sampling=options,
+                streams=[(stream, row) for row in range(20)],
+            )
+        ]
+
+    assert text(1, 0) == text(1, 0)
+    assert text(1, 0) != text(2, 0)
+    assert text(1, 0) != text(1, 1)
+
+
+@pytest.mark.parametrize("delta", [0.3, 0.7])
+def test_delta_keeps_its_guarantee(pair, delta):
+    """The first token's law, sampled: above 0 off the target's, but no further than
+    the bound allows, within 5 standard errors."""
+    options = WAYS["temperature 1"]
+    p = next_probs(pair.oracle, [0], [()], options)[0]
+    seen, _, _ = sample(pair, pair.drafter, options, 1, SAMPLES, delta=delta)
+    law = np.zeros(len(p))
+    for text, times in seen.items():
+        law[text[0]] += times / SAMPLES
+    error = 5 * (p * (1 - p) / SAMPLES) ** 0.5
+    assert (law <= p / (1 - delta) + error).all()
+    assert np.abs(law - p).sum() / 2 <= delta + error.sum() / 2
+    assert np.abs(law - p).max() > error.max()  # it does change the law
