@@ -39,14 +39,18 @@ import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
+from console.choosing import choose_pair
 from decoder import MAX_TOKENS, Stats, check_options, launch
-from main import load_pair, say
 from measuring import baselines
 from pair import Pair
-from speculation.drafting import Draft, Drafter, LookupDrafter, Session
-from speculation.sampling import Choices, Sampling
+from speculation.drafting import Draft, Drafter
+from speculation.lookup import LookupDrafter
+from speculation.samplers import BatchSampler
+from speculation.sampling import Sampling
+from speculation.session import Session
 from system import fast_blas
-from system.errors import InputError, Parser, run
+from system.device import on_gpu
+from system.errors import InputError, Parser, run, say
 
 PROMPTS = Path(__file__).resolve().parent / "demo" / "test.tsv"
 RESAMPLES = 2000  # of the bootstrap
@@ -250,7 +254,7 @@ def step_cost(
     mx.eval(target.extend(mx.array([sequence[len(begin) - 1 : -1]])))
     known = len(sequence) - 1
     drafter.start([ids])
-    choices = Choices(cell.sampling, [begin], vocabulary)
+    batch_sampler = BatchSampler(cell.sampling, [begin], vocabulary)
     tokens = mx.array(rng.integers(0, vocabulary, (1, size)).astype(np.int32))
     probs = None
     if cell.temperature:
@@ -260,7 +264,9 @@ def step_cost(
     def judge(draft: Draft | None) -> float:
         began = time.perf_counter()
         mx.eval(
-            launch(target, choices.begin([sequence], size), draft, cell.delta).report
+            launch(
+                target, batch_sampler.round([sequence], size), draft, cell.delta
+            ).report
         )
         seconds = time.perf_counter() - began
         target.rewind([known])
@@ -268,8 +274,8 @@ def step_cost(
 
     def draft() -> float:
         began = time.perf_counter()
-        chooser = choices.begin([sequence], size)
-        mx.eval(drafter.propose([sequence], size, chooser).tokens)
+        sampler = batch_sampler.round([sequence], size)
+        mx.eval(drafter.propose([sequence], size, sampler).tokens)
         return time.perf_counter() - began
 
     timed = [
@@ -379,7 +385,7 @@ def header(args: Namespace) -> dict[str, Any]:
     return {
         "command": " ".join(["python benchmark.py", *sys.argv[1:]]),
         "device": mx.device_info().get("device_name", processor)
-        if mx.default_device() == mx.gpu
+        if on_gpu()
         else processor,
         "cores": os.cpu_count(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -665,8 +671,9 @@ def _measured(args: Namespace, swept: list[Cell], about: dict[str, Any]) -> list
     prompts = list(references)
     sacrebleu(prompts, list(references.values()))  # if it is missing, say so now
     max_tokens = _room_for(swept, args.max_tokens or MAX_TOKENS)
-    args.regular_decode = False
-    pair = load_pair(args)
+    pair = choose_pair(
+        args.model, args.draft_model, plain=False, unverified=args.unverified
+    )
     if pair.drafter is None and any(cell.num_draft for cell in swept):
         raise InputError("there is no draft to measure: name one with --draft-model")
     variants = [ours(pair, cell, max_tokens) for cell in swept]

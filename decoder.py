@@ -25,8 +25,11 @@ import mlx.core as mx
 import numpy as np
 
 from speculation.acceptance import Verdict, verify, verify_greedy
-from speculation.drafting import Draft, Drafter, Session, up_to_end
-from speculation.sampling import GREEDY, Choices, Chooser, Sampling
+from speculation.drafting import Draft, Drafter, up_to_end
+from speculation.samplers import BatchSampler, RoundSampler
+from speculation.sampling import GREEDY, Sampling
+from speculation.session import Session
+from system.device import on_gpu
 from system.errors import InputError
 
 MAX_TOKENS = 256
@@ -187,7 +190,7 @@ def generate(
     if drafter is not None:
         drafter.start(prompts)
     encoded = time.perf_counter()
-    choices = Choices(
+    batch_sampler = BatchSampler(
         sampling,
         sequences,
         target.vocabulary,
@@ -228,20 +231,20 @@ def generate(
             size = 0
             if drafter:
                 size = min(num_draft, left - last, reach - max(map(len, sequences)))
-            chooser = choices.begin(sequences, max(size, 0))
+            sampler = batch_sampler.round(sequences, max(size, 0))
             draft = None
             if size > 0:
-                draft = drafter.propose(sequences, size, chooser)
+                draft = drafter.propose(sequences, size, sampler)
                 draft.counts = _counts(draft, [row.left - last for row in rows])
-            current = launch(target, chooser, draft, delta)
+            current = launch(target, sampler, draft, delta)
         if drafter is None and left > 1:
             # All that the next plain round needs of this one is its token, which the
             # device has: build it while this one runs, and on a GPU queue it as well.
             # On a CPU, with no latency to hide, a last round in vain would cost more.
             mx.async_eval(current.report)
-            chooser = choices.begin(sequences, following=current.next_token)
-            ahead = launch(target, chooser, None, delta)
-            if mx.default_device() == mx.gpu:
+            sampler = batch_sampler.round(sequences, following=current.next_token)
+            ahead = launch(target, sampler, None, delta)
+            if on_gpu():
                 mx.async_eval(ahead.report)
         outcomes = current.read()
         commits = [row.commit(outcomes[row.index]) for row in active]
@@ -311,10 +314,10 @@ class _Outcome(NamedTuple):
 
 
 def launch(
-    target: Session, chooser: Chooser, draft: Draft | None, delta: float
+    target: Session, sampler: RoundSampler, draft: Draft | None, delta: float
 ) -> Round:
     """Build a round's graph: run the target over last token and draft, and judge."""
-    last = chooser.last
+    last = sampler.last
     draft = draft or Draft(mx.zeros((last.shape[0], 0), mx.int32))
     block = fed = last[:, None]
     if draft.tokens.shape[1]:
@@ -323,18 +326,20 @@ def launch(
         fed = mx.concatenate([fed, inside], axis=1)
         block = mx.concatenate([block, draft.tokens], axis=1)
     logits = target.extend(fed)
-    verdict = _judge(chooser, chooser.process(logits, block), draft, delta)
+    verdict = _judge(sampler, sampler.process(logits, block), draft, delta)
     verdict_columns = (verdict.accepted, verdict.finite, verdict.next_token)
     columns = [column[:, None].astype(mx.int32) for column in verdict_columns]
     report = mx.concatenate([*columns, draft.tokens], axis=1)
     return Round(verdict.next_token, report, draft.counts, logits)
 
 
-def _judge(chooser: Chooser, logits: mx.array, draft: Draft, delta: float) -> Verdict:
+def _judge(
+    sampler: RoundSampler, logits: mx.array, draft: Draft, delta: float
+) -> Verdict:
     """Apply the rule of acceptance that goes with the way tokens are chosen."""
     tokens = draft.tokens
     counts = None if draft.counts is None else mx.array(draft.counts)
-    if chooser.sampling.greedy:
+    if sampler.sampling.greedy:
         return verify_greedy(logits, tokens, counts, delta)
     allowed = None
     size = tokens.shape[1]
@@ -342,8 +347,8 @@ def _judge(chooser: Chooser, logits: mx.array, draft: Draft, delta: float) -> Ve
         index = mx.clip(tokens, 0, logits.shape[-1] - 1)[..., None]
         own = mx.take_along_axis(logits[:, :size], index, axis=-1)[..., 0]
         allowed = own > -math.inf
-    p = chooser.sampling.probs(logits)
-    uniform = chooser.judging(size)
+    p = sampler.sampling.probs(logits)
+    uniform = sampler.judging(size)
     return verify(p, tokens, draft.probs, counts, delta, uniform, allowed)
 
 

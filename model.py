@@ -14,36 +14,25 @@ import system.fast_blas  # noqa: F401  (before mlx: see there)
 
 import math
 from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import cycle
-from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 
-from checkpoints.config import QUANTIZED, Quantization, T5Config
-from checkpoints.converted import WEIGHTS, MappedWeights
-from speculation.sampling import ban
-from system.errors import InputError, PromptError
-from system.memory import fits, free, require_room, total
+from checkpoints.config import T5Config
+from speculation.processors import ban
+from speculation.session import check_prompts, check_rewind
+from system.device import compute_early, on_cpu, on_gpu
+from system.memory import require_room
 
 #: Head sizes for which a GPU's attention is one kernel, which stores no squares.
 FUSED = (64, 80, 128)
 
 #: Decoder layers that a CPU begins with at once: fewer take longer to hand over.
 LAYERS_AT_ONCE = 2
-
-
-def begin(*arrays: mx.array) -> None:
-    """Have a CPU compute these while Python builds what comes next.
-
-    For small models that takes as long as computing it: 40 test sentences took the
-    bundled pair a seventh less time. Not on a GPU, where it has not been timed.
-    """
-    if mx.default_device() == mx.cpu:
-        mx.async_eval(*arrays)
 
 
 def activation(name: str) -> Callable[[mx.array], mx.array]:
@@ -133,7 +122,7 @@ def attend(q: mx.array, k: mx.array, v: mx.array, bias: mx.array | None) -> mx.a
 
     Queries are (B, H, T, D), keys and values (B, H, keys, D).
     """
-    if mx.default_device() == mx.gpu:
+    if on_gpu():
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=1.0, mask=bias)
     # On a CPU that is no kernel, but these operations and a product with the scale.
     k = k.swapaxes(-1, -2)
@@ -141,12 +130,29 @@ def attend(q: mx.array, k: mx.array, v: mx.array, bias: mx.array | None) -> mx.a
     return mx.softmax(logits, axis=-1, precise=True) @ v
 
 
-def added(x: mx.array, linear: nn.Module, y: mx.array) -> mx.array:
-    """``x + linear(y)``, in one operation where that is a matrix of the same dtype."""
-    weight = linear.weight
-    if isinstance(linear, nn.QuantizedLinear) or not x.dtype == y.dtype == weight.dtype:
-        return x + linear(y)
-    return mx.addmm(x, y, weight.T if isinstance(linear, nn.Linear) else weight)
+class Linear(nn.Linear):
+    """A matrix without a bias, whose product can be added to a stream as it is made."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, bias=False)
+
+    def add_to(self, x: mx.array, y: mx.array) -> mx.array:
+        """``x + self(y)``, in one operation where all are of the same dtype."""
+        if not x.dtype == y.dtype == self.weight.dtype:
+            return x + self(y)
+        return mx.addmm(x, y, self.weight.T)
+
+    def to_quantized(self, *how: Any, **more: Any) -> "QuantizedLinear":
+        """What :func:`mlx.nn.quantize` puts in its place."""
+        return QuantizedLinear.from_linear(self, *how, **more)
+
+
+class QuantizedLinear(nn.QuantizedLinear):
+    """The same, packed."""
+
+    def add_to(self, x: mx.array, y: mx.array) -> mx.array:
+        """``x + self(y)``."""
+        return x + self(y)
 
 
 class Attention(nn.Module):
@@ -156,11 +162,11 @@ class Attention(nn.Module):
         super().__init__()
         inner = config.num_heads * config.d_kv
         if cross:
-            self.q = nn.Linear(config.d_model, inner, bias=False)
-            self.kv = nn.Linear(config.d_model, 2 * inner, bias=False)
+            self.q = Linear(config.d_model, inner)
+            self.kv = Linear(config.d_model, 2 * inner)
         else:
-            self.qkv = nn.Linear(config.d_model, 3 * inner, bias=False)
-        self.o = nn.Linear(inner, config.d_model, bias=False)
+            self.qkv = Linear(config.d_model, 3 * inner)
+        self.o = Linear(inner, config.d_model)
         self._head_size = config.d_kv
 
     def _heads(self, x: mx.array, batch: int) -> mx.array:
@@ -189,7 +195,7 @@ class Attention(nn.Module):
         """Add what was attended to, (B, H, T, D), to the stream (B * T, d_model)."""
         if attended.shape[2] > 1:
             attended = attended.swapaxes(1, 2)
-        return added(x, self.o, attended.reshape(len(x), -1))
+        return self.o.add_to(x, attended.reshape(len(x), -1))
 
 
 class FeedForward(nn.Module):
@@ -201,8 +207,8 @@ class FeedForward(nn.Module):
     def __init__(self, config: T5Config):
         super().__init__()
         columns = 2 if config.gated else 1
-        self.wi = nn.Linear(config.d_model, columns * config.d_ff, bias=False)
-        self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.wi = Linear(config.d_model, columns * config.d_ff)
+        self.wo = Linear(config.d_ff, config.d_model)
         self._gated = config.gated
         self._activation = activation(config.activation)
 
@@ -215,7 +221,7 @@ class FeedForward(nn.Module):
         else:
             y = self._activation(y)
         y = y.astype(mx.float32) if y.dtype == mx.float16 else y
-        return added(x, self.wo, y)
+        return self.wo.add_to(x, y)
 
 
 class EncoderLayer(nn.Module):
@@ -301,7 +307,7 @@ class T5(nn.Module):
         self.encoder = Stack(config, encoder, bidirectional=True)
         self.decoder = Stack(config, decoder, bidirectional=False)
         if not tied:
-            self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+            self.head = Linear(config.d_model, config.vocab_size)
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -334,7 +340,7 @@ class T5(nn.Module):
             biases.append(bias if padding is None else bias + padding)
         for layer, bias in zip(self.encoder.layers, cycle(biases), strict=False):
             x = layer(x, bias, batch)
-            begin(x)
+            compute_early(x)
         return self.encoder.norm(x).reshape(batch, length, -1)
 
     def decode(
@@ -357,7 +363,7 @@ class T5(nn.Module):
             zip(self.decoder.layers, caches, cycle(step.past), strict=False)
         ):
             if early and number and number % LAYERS_AT_ONCE == 0:
-                begin(x)
+                compute_early(x)
             x = layer(x, cache, step, past)
         x = self.decoder.norm(x)
         if self.config.scale_outputs:
@@ -444,6 +450,7 @@ class T5Session:
         self.vocabulary = min(vocabulary or math.inf, model.config.vocab_size)
         self.positions = None  # a relative position bias has no end
         self.batches = True
+        self.has_encoder = True
         self.lengths: list[int] = []
         self._caches: list[LayerCache] = []
         self._bias_of: dict[int, list[mx.array]] = {}  # by capacity
@@ -488,7 +495,7 @@ class T5Session:
         empty = None
         for layer in self.model.decoder.layers:
             k, v = map(spread, layer.cross_attention.project_source(source))
-            begin(k, v)
+            compute_early(k, v)
             if empty is None:
                 # One for all: the first write to it makes a copy.
                 shape = (*k.shape[:2], self._capacity, k.shape[3])
@@ -544,7 +551,7 @@ class T5Session:
         # The bias of every two tokens, of each layer where those have their own.
         squares = heads * (self.model.encoder.bias_count * (prompts if ragged else 1))
         squares += heads if ragged else 0
-        if mx.default_device() == mx.cpu or config.d_kv not in FUSED:
+        if on_cpu() or config.d_kv not in FUSED:
             squares += 2 * prompts * heads  # logits and their softmax
         squares += 1  # which distance each is
         sources = 2 * config.num_decoder_layers * rows * length * inner
@@ -574,134 +581,3 @@ class T5Session:
             mx.eval(biases)  # used by every pass, of every prompt
             self._bias_of[self._capacity] = biases
         return self._bias_of[self._capacity]
-
-
-def check_prompts(prompts: list[list[int]], rows: int) -> None:
-    """Raise a PromptError for an empty prompt, or for one with an id that the
-    embedding, of ``rows`` rows, does not have: the device would read beyond it."""
-    for prompt in prompts:
-        if not prompt:
-            raise PromptError("the prompt is empty")
-        if max(prompt) >= rows or min(prompt) < 0:
-            raise PromptError(
-                f"the prompt has the token id {max(prompt)}, but the model's "
-                f"embedding has {rows} rows: it was not trained with that token"
-            )
-
-
-def check_rewind(cached: list[int], lengths: list[int]) -> None:
-    """Raise a ValueError for rows that have not ``lengths[b]`` cached positions."""
-    if len(lengths) != len(cached) or not all(
-        0 <= new <= old for new, old in zip(lengths, cached, strict=False)
-    ):
-        raise ValueError(f"cannot rewind from {cached} to {lengths}")
-
-
-def load(folder: Path) -> T5:
-    """Load a converted model.
-
-    On a CPU the weights become float32, quantized ones too: half precision and packed
-    integers are slow there.
-
-    Raises:
-        InputError: the folder lacks a file, or its files do not belong together.
-    """
-    config = T5Config.read(folder)
-    stored = MappedWeights(folder / WEIGHTS)
-    config.require(len(stored), stored.bytes())
-    model = T5(config, tied="head.weight" not in stored)
-    quantized = [path for path in linear_paths(model) if f"{path}.scales" in stored]
-    on_cpu = mx.default_device() == mx.cpu
-    size = 4 * parameter_count(model) if on_cpu else stored.bytes()
-    if quantized:
-        quantize(model, config.quantization, quantized)
-    if on_cpu:
-        # MLX would have g++ compile each fused kernel, for seconds, and gain little.
-        mx.disable_compile()
-    prepare_memory(size, folder)
-    parameters = dict(tree_flatten(model.parameters()))
-    weights = stored.load(parameters, mx.float32 if on_cpu else None)
-    if on_cpu and quantized:
-        for path in quantized:
-            weights[f"{path}.weight"] = dequantize(weights, path, config.quantization)
-        model = T5(config, tied="head.weight" not in stored)
-    model.load_weights(list(weights.items()))
-    mx.eval(model.parameters())
-    return model
-
-
-def linear_paths(model: nn.Module) -> list[str]:
-    """The modules whose weight can be quantized: matrices, but no position bias."""
-    return [
-        path
-        for path, module in tree_flatten(
-            model.leaf_modules(), is_leaf=nn.Module.is_module
-        )
-        if isinstance(module, nn.Linear | nn.Embedding)
-    ]
-
-
-def quantize(model: T5, how: Quantization | None, paths: Collection[str]) -> None:
-    """Make the modules at ``paths`` quantized ones, whose weights are to be loaded.
-
-    Raises:
-        InputError: the config does not say how.
-    """
-    if how is None:
-        raise InputError(
-            "the weights are quantized, but the config does not say how: convert the "
-            "model again"
-        )
-    modules = dict(model.named_modules())
-    for path in paths:
-        columns = modules[path].weight.shape[-1]
-        if columns % how.group_size:
-            raise InputError(
-                f"{path} is quantized, but its {columns} columns are no whole groups "
-                f"of {how.group_size}: convert the model again"
-            )
-    nn.quantize(model, class_predicate=lambda path, _: path in paths, **asdict(how))
-
-
-def dequantize(weights: dict[str, mx.array], path: str, how: Quantization) -> mx.array:
-    """Take a quantized matrix out of ``weights``, as float32."""
-    packed = [weights.pop(f"{path}.{part}", None) for part in QUANTIZED]
-    whole = mx.dequantize(*packed, **asdict(how)).astype(mx.float32)
-    mx.eval(whole)  # one at a time
-    return whole
-
-
-def prepare_memory(size: int, folder: Path) -> None:
-    """See to it that weights of ``size`` bytes fit the device, before they are read.
-
-    On Metal, weights beyond the recommended working set would be swapped in and out at
-    every token: they are refused, and what fits is kept wired.
-
-    Raises:
-        InputError: they do not fit.
-    """
-    if mx.metal.is_available():
-        mx.set_wired_limit(total())
-    if not fits(size):
-        advice = "take a smaller model"
-        if mx.default_device() == mx.cpu:
-            advice += ": a CPU computes in float32, whatever the weights are stored in"
-        else:
-            advice += (
-                ", or convert this one with -q, or with --dtype bfloat16 if it is "
-                "stored in float32"
-            )
-        raise InputError(
-            f"{folder} needs {size / 1e9:.1f} GB for its weights, and this machine has "
-            f"{free() / 1e9:.1f} GB for them: {advice}"
-        )
-
-
-def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The name and shape of every parameter."""
-    return {name: value.shape for name, value in tree_flatten(model.parameters())}
-
-
-def parameter_count(model: nn.Module) -> int:
-    """How many numbers the parameters are; packed ones count as they are packed."""
-    return sum(map(math.prod, parameter_shapes(model).values()))

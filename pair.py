@@ -11,7 +11,6 @@ In use::
 
 import system.fast_blas  # noqa: F401  (before mlx: see there)
 
-import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -20,25 +19,18 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from architectures.slim import slim
-from checkpoints.config import FAMILY, T5Config, find_size
-from checkpoints.converted import CONFIG, locate
+from architectures import registry
 from checkpoints.defaults import Defaults, DefaultsError, Files
-from checkpoints.sources import fetch_causal, refuse_encoder_decoder
 from decoder import DELTA, MAX_TOKENS, NUM_DRAFT, Commit, Stats, generate
-from model import T5Session, load, parameter_count
-from speculation.drafting import Drafter, LookupDrafter, ModelDrafter, Session
+from speculation.drafting import Drafter, ModelDrafter
+from speculation.lookup import LookupDrafter
 from speculation.sampling import GREEDY, Sampling
-from system import fast_blas
+from speculation.session import Session
 from system.errors import InputError, PromptError
-from system.files import read_json
 from text.messages import last_text, read_prompt
 from text.tokenizer import TextStream, Tokenizer
 
 LOOKUP = "prompt-lookup"  # a draft without a model
-
-#: What the names of T5s on the hub begin with.
-_T5S = re.compile(r"(flan-)?(u?m?t5|byt5|codet5p?|madlad400|aya-101|ul2)\b", re.I)
 
 
 class DifferentTokenizersError(InputError):
@@ -141,7 +133,8 @@ class Pair:
         """Load models by folder or by name.
 
         Args:
-            model: a converted T5, or a decoder-only model as :func:`find` finds it.
+            model: a converted T5, or a decoder-only model; see
+                :func:`registry.find`.
             draft_model: likewise, or :data:`LOOKUP`; None for no draft.
             unverified: take decoder-only models, too, whose text nobody has compared
                 with transformers' (:mod:`verified`).
@@ -151,10 +144,10 @@ class Pair:
                 few rows for the target's ids.
             DifferentTokenizersError: they are no pair; no weights are read.
         """
-        folder = find(model, unverified)
+        folder = registry.find(model, unverified)
         draft_folder = None
         if draft_model not in (None, LOOKUP):
-            draft_folder = find(draft_model, unverified)
+            draft_folder = registry.find(draft_model, unverified)
         tokenizer = Tokenizer(folder)
         if draft_folder:
             difference = tokenizer.difference(Tokenizer(draft_folder))
@@ -163,25 +156,29 @@ class Pair:
                     f"{draft_folder} and {folder} have different tokenizers, and a "
                     f"draft has to be of the target's family: {difference}"
                 )
-        if draft_folder and is_causal(folder) != is_causal(draft_folder):
+        architecture = registry.of_folder(folder)
+        if draft_folder and registry.of_folder(draft_folder) is not architecture:
             raise InputError(
                 f"{draft_folder} is no draft for {folder}: one of them has no encoder"
             )
         # Rows of padding beyond the tokenizer's ids are never emitted.
-        vocabulary = min(tokenizer.size, embedding_rows(folder))
+        vocabulary = min(tokenizer.size, architecture.embedding_rows(folder))
         drafter: Drafter | None = LookupDrafter() if draft_model == LOOKUP else None
         if draft_folder:
-            rows = embedding_rows(draft_folder)
+            rows = architecture.embedding_rows(draft_folder)
             if rows < vocabulary:
                 raise InputError(
                     f"the draft has {rows} embedding rows, but the target emits ids up "
                     f"to {vocabulary - 1}: they are no pair"
                 )
-            session = _session(draft_folder, tokenizer, vocabulary, unverified)
+            session = architecture.open_session(
+                draft_folder, tokenizer, vocabulary, unverified
+            )
             drafter = ModelDrafter(session)
         # After the draft: the threads are to fit the target.
-        target = _session(folder, tokenizer, vocabulary, unverified)
-        pair = cls(target, tokenizer, _eos_tokens(folder, tokenizer), drafter)
+        target = architecture.open_session(folder, tokenizer, vocabulary, unverified)
+        ends = architecture.eos_tokens(folder, tokenizer)
+        pair = cls(target, tokenizer, ends, drafter)
         pair.folder, pair.draft_folder = folder, draft_folder
         return pair
 
@@ -261,8 +258,7 @@ class Pair:
         if self.folder is None:
             return Defaults("")
         prompt = read_prompt(prompt)
-        has_encoder = isinstance(self.target, T5Session)
-        started = 1 if has_encoder else len(self._encode(prompt))
+        started = 1 if self.target.has_encoder else len(self._encode(prompt))
         text, vocabulary = last_text(prompt), self.target.vocabulary
         try:
             return self._files.of(text, started, vocabulary, given)
@@ -324,99 +320,6 @@ def require_text(text: str, what: str) -> None:
     """Raise a PromptError for what stands for bytes that were no UTF-8."""
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise PromptError(f"{what} is not valid UTF-8 text")
-
-
-def find(name: str, unverified: bool = False) -> Path:
-    """The folder of a model.
-
-    A converted T5, by folder or by its name in ``models/``; or a decoder-only model: a
-    folder with its config, or a name on the hub, from where it is fetched.
-
-    Raises:
-        InputError: there is none, or it cannot be fetched, or nothing here runs it.
-    """
-    try:
-        return locate(name)
-    except InputError as error:
-        folder = _find_causal(name, unverified)
-        if folder is None:
-            raise error from None
-        return folder
-
-
-def _find_causal(name: str, unverified: bool) -> Path | None:
-    """The folder of a decoder-only model; None for what would have to be converted."""
-    folder = Path(name)
-    try:
-        here = folder.is_dir()
-    except (OSError, ValueError):  # a name that no file system takes
-        return None
-    if not here:
-        # A T5 has to be converted, whatever the hub has to say after a while.
-        return None if _T5S.match(folder.name) else fetch_causal(name, unverified)
-    config = read_json(folder / CONFIG, optional=True)
-    if not config or config.get("model_type") in [*FAMILY]:
-        return None
-    if config.get("model_file") is None and config.get("auto_map") is None:
-        refuse_encoder_decoder(config, name)  # of code it is said that it is not run
-    return folder
-
-
-def is_causal(folder: Path) -> bool:
-    """Whether the folder's model is none of the T5 family."""
-    kind = read_json(folder / CONFIG).get("model_type")
-    return not isinstance(kind, str) or kind not in FAMILY
-
-
-def embedding_rows(folder: Path) -> int:
-    """How many ids a model has embeddings for.
-
-    Raises:
-        InputError: its config does not say.
-    """
-    if not is_causal(folder):
-        return T5Config.read(folder).vocab_size
-    rows = find_size(read_json(folder / CONFIG), "vocab_size")
-    if rows is None:
-        raise InputError(f"{folder / CONFIG} has no vocab_size")
-    return rows
-
-
-def _session(
-    folder: Path, tokenizer: Tokenizer, vocabulary: int, unverified: bool
-) -> Session:
-    """Load a model into a session that emits the tokenizer's ids alone."""
-    # Loaded before anything is as large as the config says: it fits the weights then.
-    if not is_causal(folder):
-        model = load(folder)
-        fast_blas.fit_threads(parameter_count(model))
-        slim(model)
-        return T5Session(model, vocabulary, tokenizer.gaps(vocabulary))
-    from architectures import causal_model
-    from architectures.causal_session import CausalSession
-
-    found = causal_model.load(folder, unverified)
-    if vocabulary > found.rows:
-        raise InputError(
-            f"{folder / CONFIG} has a vocab_size that its weights have not: "
-            f"{vocabulary} ids, and {found.rows} rows"
-        )
-    fast_blas.fit_threads(parameter_count(found.model))
-    return CausalSession(
-        found.model,
-        vocabulary,
-        tokenizer.gaps(vocabulary),
-        found.positions,
-        batches=found.verified,
-    )
-
-
-def _eos_tokens(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
-    if not is_causal(folder):
-        return T5Config.read(folder).eos_tokens
-    from architectures import causal_model
-
-    return causal_model.eos_tokens(folder, tokenizer.end)
 
 
 def _by_row(commits: Iterator[Commit], count: int) -> list[Iterator[Commit]]:

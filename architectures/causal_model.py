@@ -16,17 +16,19 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
 from architectures import verified
+from architectures.causal import HINT
 from architectures.rotary import Rotary
 from architectures.verified import Verified
-from checkpoints.config import Special, find_size, with_text
-from checkpoints.converted import CONFIG, GENERATION_CONFIG
+from checkpoints.config import find_size, with_text
+from checkpoints.converted import CONFIG
 from checkpoints.sources import Tensor, open_checkpoint, weight_files
-from model import activation, prepare_memory
+from model import activation
+from system.device import prepare
 from system.errors import InputError
-from system.files import read_json, typed
+from system.files import read_json
+from system.memory import prepare_memory
 
 HEAD = "lm_head.weight"
-HINT = "decoder-only models need mlx-lm: pip install -r requirements-causal.txt"
 
 #: What a config may call the number of its layers, and the most of anything else that
 #: it counts: heads, experts, inputs.
@@ -70,16 +72,14 @@ def load(folder: Path, unverified: bool = False) -> Causal:
     known = verified.require(config, str(folder / CONFIG), unverified)
     quantization = _quantization(config, folder)
     tensors = require_weights(config, folder)
-    on_cpu = mx.default_device() == mx.cpu
-    if on_cpu:
-        mx.disable_compile()  # see model.load
+    dtype = prepare()
     try:
         model = _build(config, known, folder, tensors, quantization)
     except InputError:
         raise
     except (Exception, SystemExit) as error:  # of any kind, for whatever a folder holds
         raise InputError(f"mlx-lm cannot load {folder}: {error}") from None
-    if on_cpu:
+    if dtype is not None:
         from mlx_lm.utils import dequantize_model
 
         model = dequantize_model(model)
@@ -426,20 +426,3 @@ def _positions(config: dict[str, Any], model: nn.Module) -> int | None:
     if said is not None:
         learned.append(min(said, np.iinfo(np.int32).max))
     return min(learned, default=None)
-
-
-def eos_tokens(folder: Path, tokenizer_end: int | None) -> frozenset[int]:
-    """The ids that end a text; there may be several.
-
-    What generation_config.json says counts before the config, as in ``generate``; where
-    neither says, the end that the tokenizer has, as in mlx-lm.
-
-    Raises:
-        InputError: an id is no number.
-    """
-    for name in (GENERATION_CONFIG, CONFIG):
-        for values in with_text(read_json(folder / name, optional=name != CONFIG)):
-            ends = typed(values, Special, str(folder / name)).eos_token_id
-            if ends is not None:
-                return frozenset(ends if isinstance(ends, list) else [ends])
-    return frozenset([] if tokenizer_end is None else [tokenizer_end])

@@ -11,8 +11,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from model import check_prompts, check_rewind
-from speculation.sampling import ban
+from speculation.processors import ban
+from speculation.session import check_prompts, check_rewind
 from system.errors import InputError, TooLongError
 
 PREFILL = 2048  # prompt tokens that go through the model at a time
@@ -52,6 +52,7 @@ class CausalSession:
         self.vocabulary = vocabulary
         self.positions = positions
         self.batches = batches
+        self.has_encoder = False
         self.lengths: list[int] = []
         self._ban = ban(vocabulary, banned) if banned else None
         self._new_caches = lambda: make_prompt_cache(model)

@@ -12,8 +12,10 @@ Measured on the bundled pair (2 cores, MKL with one thread): a pass over one tok
 import mlx.core as mx
 import mlx.nn as nn
 
-from model import T5, parameter_count
+from architectures.parameters import parameter_count
+from model import T5
 from system import fast_blas
+from system.device import on_cpu
 
 #: Which matrix reads a norm's result, by the names within a layer.
 READERS = {
@@ -51,6 +53,10 @@ class Product(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         return x @ self.weight
 
+    def add_to(self, x: mx.array, y: mx.array) -> mx.array:
+        """``x + self(y)``, in one operation."""
+        return mx.addmm(x, y, self.weight)
+
 
 def slim(model: T5) -> None:
     """Rewrite a T5 in place, if this is a CPU and it is small.
@@ -58,7 +64,7 @@ def slim(model: T5) -> None:
     A tied head may become a matrix of its own: afterwards one says no more that it is
     untied. Nobody else may hold the model's weights.
     """
-    if mx.default_device() != mx.cpu or parameter_count(model) >= fast_blas.SMALL:
+    if not on_cpu() or parameter_count(model) >= fast_blas.SMALL:
         return
     for layer in [*model.encoder.layers, *model.decoder.layers]:
         for name, (block, matrix) in READERS.items():

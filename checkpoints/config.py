@@ -33,7 +33,6 @@ MODES = {
     "nvfp4": ((4,), (16,)),
 }
 
-
 #: The tensors of a quantized matrix, where a whole one has its weight; the modes for
 #: floating-point numbers have no biases.
 QUANTIZED = ("weight", "scales", "biases")

@@ -7,8 +7,7 @@ tensor costs memory while it is read.
 import math
 import mmap
 import struct
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -139,6 +138,13 @@ class Tensor:
             yield block.view(mx.bfloat16) if self.dtype == "BF16" else block
 
 
+def stacked_shape(parts: list[Tensor]) -> tuple[int, ...]:
+    """The shape of all parts, one below the other."""
+    if any(not part.shape for part in parts):
+        return ()  # a number stacks with nothing, and no weight is one
+    return (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+
+
 def open_checkpoint(folder: Path) -> dict[str, Tensor]:
     """Map every tensor of a checkpoint: safetensors or PyTorch, single or sharded.
 
@@ -260,202 +266,3 @@ def _map_tensor(mapped: mmap.mmap, start: int, name: str, entry: _Entry) -> Tens
         raise ValueError(f"{name} has not the size that its shape says")
     bits = np.ndarray(shape, dtype, mapped, start + begin if end > begin else 0)
     return Tensor(name, entry.dtype, bits)
-
-
-def fetch(name: str, revision: str | None = None) -> Path:
-    """The folder of a checkpoint: ``name`` itself, or the hub's model of that name.
-
-    From the hub come the files that are needed and not in its cache yet.
-
-    Raises:
-        InputError: neither a folder nor a model on the hub, no access, no network.
-    """
-    if Path(name).is_dir():
-        if revision is not None:
-            raise InputError(f"{name} is a folder: --revision is for models on the hub")
-        return Path(name)
-    from huggingface_hub import snapshot_download
-
-    try:
-        with _refusals_explained(name, revision):
-            files = _files(name, revision)
-            return Path(
-                snapshot_download(name, revision=revision, allow_patterns=needed(files))
-            )
-    except InputError:
-        raise
-    except Exception as error:  # whatever the network stack raises
-        return _cached(name, revision, error)
-
-
-def fetch_causal(name: str, unverified: bool = False) -> Path | None:
-    """The folder of a decoder-only model on the hub; None if it is a T5.
-
-    Its config alone decides, before any weights are fetched.
-
-    Raises:
-        InputError: there is no such model, no access, no network; nothing here runs it.
-    """
-    from architectures import verified
-    from checkpoints.config import FAMILY
-    from checkpoints.converted import CONFIG
-
-    config = read_json(_fetch_config(name))
-    if config.get("model_type") in [*FAMILY]:
-        return None
-    refuse_encoder_decoder(config, name)
-    _require_architecture(config.get("model_type"), f"{name}'s {CONFIG}")
-    verified.require(config, f"{name}'s {CONFIG}", unverified)
-    return fetch(name)
-
-
-def refuse_encoder_decoder(config: Mapping[str, Any], name: str) -> None:
-    """
-    Raises:
-        InputError: the config is that of an encoder-decoder outside the T5 family.
-    """
-    if config.get("is_encoder_decoder") is True:
-        raise InputError(
-            f"{name} is an encoder-decoder ({config.get('model_type')}): of those only "
-            f"the T5 family is run here"
-        )
-
-
-def _fetch_config(name: str) -> Path:
-    """A model's config, from the hub or of an earlier download."""
-    from huggingface_hub import hf_hub_download
-
-    from checkpoints.converted import CONFIG
-
-    try:
-        with _refusals_explained(name):
-            files = _files(name, None)  # asked first: it does not try for half a minute
-            if CONFIG in files:
-                return Path(hf_hub_download(name, CONFIG))
-    except InputError:
-        raise
-    except Exception as error:  # whatever the network stack raises
-        try:
-            return Path(hf_hub_download(name, CONFIG, local_files_only=True))
-        except Exception:
-            raise InputError(
-                f"no model '{name}': neither a folder nor in models/, and the hub "
-                f"cannot be reached ({_reason(error)})"
-            ) from None
-    if "adapter_config.json" in files:
-        raise InputError(f"{name} {ADAPTER}")
-    raise InputError(f"{name} has no {CONFIG}: it is no model that could be run here")
-
-
-def _require_architecture(kind: Any, where: str) -> None:
-    """See to it that mlx-lm has what a config names, without importing a name of it.
-
-    Raises:
-        InputError: it has not, or is missing.
-    """
-    from importlib.util import find_spec
-
-    spec = find_spec("mlx_lm")
-    if spec is None or not spec.submodule_search_locations:
-        from architectures.causal_model import HINT
-
-        raise InputError(HINT)
-    if not isinstance(kind, str) or not kind.isidentifier():
-        raise InputError(f"{where} has no model_type that is a name")
-    models = Path(spec.submodule_search_locations[0]) / "models"
-    if is_file(models / f"{kind}.py"):
-        return
-    from mlx_lm.utils import MODEL_REMAPPING  # takes seconds, so only now
-
-    if kind not in MODEL_REMAPPING:
-        raise InputError(
-            f"{where} has the model_type '{kind}', which is neither of the T5 family "
-            f"nor one that mlx-lm has"
-        )
-
-
-def _files(name: str, revision: str | None) -> list[str]:
-    """What the hub has of a model."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.utils import logging
-
-    logging.set_verbosity_error()  # retries are no concern of a reader's
-    siblings = HfApi().model_info(name, revision=revision).siblings
-    return [file.rfilename for file in siblings or ()]
-
-
-@contextmanager
-def _refusals_explained(name: str, revision: str | None = None) -> Iterator[None]:
-    """What the hub refuses, as an InputError; what the network does goes on."""
-    from huggingface_hub import errors
-
-    try:
-        yield
-    except errors.GatedRepoError:
-        raise InputError(
-            f"{name} is gated: accept its conditions on its page on the hub, then log "
-            f"in (hf auth login)"
-        ) from None
-    except errors.RevisionNotFoundError:
-        raise InputError(f"{name} has no revision '{revision}' on the hub") from None
-    except (errors.RepositoryNotFoundError, errors.HFValidationError):
-        raise InputError(
-            f"'{name}' is neither a folder nor a model on the hub, or a private one "
-            f"(hf auth login)"
-        ) from None
-
-
-def _cached(name: str, revision: str | None, error: Exception) -> Path:
-    """What an earlier download left in the hub's cache, the hub being out of reach."""
-    from huggingface_hub import snapshot_download
-
-    for single, index in (SAFETENSORS, TORCH):
-        patterns = [*COMPANIONS, single, index, single.replace(".", "-*.")]
-        try:
-            folder = Path(
-                snapshot_download(
-                    name,
-                    revision=revision,
-                    allow_patterns=patterns,
-                    local_files_only=True,
-                )
-            )
-        except Exception:  # nothing there, or not all of it
-            continue
-        if is_file(folder / single) or is_file(folder / index):
-            return folder
-    raise InputError(
-        f"cannot fetch {name} from the hub ({_reason(error)}): check the network and "
-        f"run this again (a download resumes where it stopped), or give a folder"
-    ) from None
-
-
-def _reason(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-def needed(files: list[str]) -> list[str]:
-    """Which of a repository's files make up the checkpoint.
-
-    Safetensors where there are any, else PyTorch's; no TensorFlow, Flax or ONNX twins.
-
-    Raises:
-        InputError: there are no weights among them.
-    """
-    companions = [file for file in COMPANIONS if file in files]
-    for single, index in (SAFETENSORS, TORCH):
-        if single in files:
-            return [*companions, single]
-        if index in files:
-            stem, _, suffix = single.rpartition(".")
-            shards = [
-                file
-                for file in files
-                if file.startswith(f"{stem}-")
-                and file.endswith(f".{suffix}")
-                and "/" not in file
-            ]
-            return [*companions, index, *shards]
-    raise InputError(
-        "the model has weights neither in safetensors nor in PyTorch's form"
-    )

@@ -3,13 +3,11 @@
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
+from console.prompts import check_start, open_input
+from pair import Generation
 from system.errors import InputError, TooLongError, one_line, say
-
-if TYPE_CHECKING:
-    from pair import Generation
-    from text.messages import Messages
+from text.messages import Messages
 
 HELP = """\
 a line is a prompt, spaces at its start included; one that begins with a colon is a
@@ -19,25 +17,6 @@ command, but not with a space before the colon:
 :new           begin another conversation (with --chat)
 :q             leave, like Ctrl-D (Ctrl-C stops an answer)"""
 
-#: The marks that UTF-16 begins with, as bytes that are no UTF-8 are read.
-_UTF16 = ("\udcff\udcfe", "\udcfe\udcff")
-
-
-def open_input() -> None:
-    """Have standard input read as UTF-8, without the mark that it may begin with.
-
-    Bytes that are not UTF-8 are named as the prompt that they are in.
-    """
-    sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
-
-
-def check_start(line: str) -> None:
-    """Raise an InputError for a first line that is UTF-16's, as all the others are."""
-    if line.startswith(_UTF16):
-        raise InputError(
-            "standard input is UTF-16, not UTF-8: convert it (iconv -f UTF-16 -t UTF-8)"
-        )
-
 
 class Conversation:
     """What has been said, from the system's message on, as far as it is kept.
@@ -46,7 +25,7 @@ class Conversation:
         messages: those before the next one.
     """
 
-    def __init__(self, system: "Messages", keep_turns: int | None):
+    def __init__(self, system: Messages, keep_turns: int | None):
         """
         Args:
             system: what every conversation begins with.
@@ -54,9 +33,9 @@ class Conversation:
         """
         self._system = list(system)
         self._keep = keep_turns
-        self.begin()
+        self.clear()
 
-    def begin(self) -> None:
+    def clear(self) -> None:
         """Forget all but the system's message."""
         self.messages = list(self._system)
         self._said = False
@@ -65,7 +44,7 @@ class Conversation:
         self.messages.append({"role": "user", "content": prompt})
         self.messages.append({"role": "assistant", "content": answer})
 
-    def fit(self, respond: Callable[["Messages"], None]) -> None:
+    def fit(self, respond: Callable[[Messages], None]) -> None:
         """Call ``respond`` with the messages; while that is too much, with fewer.
 
         Raises:
@@ -93,12 +72,12 @@ class Conversation:
 
 
 def converse(
-    answer: Callable[[str, "Messages"], list["Generation"]],
-    write: Callable[[list["Generation"]], None],
-    report: Callable[[list["Generation"]], None],
+    answer: Callable[[str, Messages], list[Generation]],
+    write: Callable[[list[Generation]], None],
+    report: Callable[[list[Generation]], None],
     prefix: str,
     chat: bool = False,
-    system: "Messages" = (),
+    system: Messages = (),
     keep_turns: int | None = None,
 ) -> None:
     """Read lines until the end of input and answer each.
@@ -154,7 +133,7 @@ def converse(
             elif command == ":prefix":
                 prefix = f"{argument} " if argument else ""
             elif command == ":new" and not argument:
-                conversation.begin()
+                conversation.clear()
             elif command == ":help" and not argument:
                 say(HELP)
             else:
@@ -162,7 +141,7 @@ def converse(
             continue
         prompt = prefix + line
 
-        def respond(messages: "Messages", prompt: str = prompt) -> None:
+        def respond(messages: Messages, prompt: str = prompt) -> None:
             nonlocal last
             current = answer(prompt, messages)
             try:

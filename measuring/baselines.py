@@ -12,10 +12,13 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
+from architectures.parameters import dequantize
 from architectures.slim import is_slim
-from model import T5, T5Session, dequantize, load
+from architectures.t5 import load
+from model import T5
 from pair import Pair
 from speculation.drafting import ModelDrafter
+from system.device import on_gpu
 from system.errors import InputError
 
 
@@ -61,7 +64,7 @@ def to_transformers(model: T5, folder: Path) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
-    from convert import recipe
+    from architectures.t5_checkpoint import recipe
 
     if is_slim(model):
         model = load(folder)
@@ -100,7 +103,7 @@ def _transformers(pair: Pair, max_tokens: int, assisted: bool) -> Baseline:
 
     target, draft = _t5(pair), _draft(pair) if assisted else None
     device = torch.device("cpu")
-    if mx.default_device() == mx.gpu:
+    if on_gpu():
         if torch.cuda.is_available():
             device = torch.device("cuda")
         elif torch.backends.mps.is_available():
@@ -220,7 +223,7 @@ def mlx_lm(pair: Pair, max_tokens: int, num_draft: int, temperature: float) -> B
     Raises:
         InputError: it is no decoder-only pair.
     """
-    if isinstance(pair.target, T5Session):
+    if pair.target.has_encoder:
         raise InputError("--baseline mlx-lm is for decoder-only models: T5 is none")
     if num_draft and not isinstance(pair.drafter, ModelDrafter):
         raise InputError("--baseline mlx-lm drafts with a model: give a --draft-model")
@@ -277,7 +280,7 @@ class _Counted:
 
 
 def _t5(pair: Pair) -> T5:
-    if not isinstance(pair.target, T5Session):
+    if not pair.target.has_encoder:
         raise InputError("of the baselines only mlx-lm is for decoder-only models")
     return pair.target.model
 

@@ -9,16 +9,13 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_map
 
-from architectures.slim import slim
+from architectures import t5
 from checkpoints.config import T5Config
 from checkpoints.converted import CONFIG
 from decoder import Stats, generate
-from model import T5, T5Session, parameter_count, prepare_memory
 from speculation.drafting import Draft, ModelDrafter
-from speculation.sampling import Chooser
-from system import fast_blas
+from speculation.samplers import RoundSampler
 from system.errors import InputError
 from system.files import read_json
 
@@ -95,16 +92,12 @@ class SimulatedPair:
         configs = named_config(target), named_config(draft)
         vocabulary = min(config.vocab_size for config in configs)
         models = [
-            random_model(config, name)
+            t5.random(config, name)
             for config, name in zip(configs, (target, draft), strict=True)
         ]
-        fast_blas.fit_threads(parameter_count(models[0]))
-        for model in models:
-            slim(model)
-        self.target = T5Session(models[0], vocabulary)
-        self.drafter = SimulatedDrafter(
-            ModelDrafter(T5Session(models[1], vocabulary)), vocabulary, alpha
-        )
+        drafting = t5.session(models[1], vocabulary)
+        self.target = t5.session(models[0], vocabulary)  # last: see there
+        self.drafter = SimulatedDrafter(ModelDrafter(drafting), vocabulary, alpha)
         self._max_tokens = max_tokens
         self._texts: dict[int, list[int]] = {}
 
@@ -156,7 +149,7 @@ class SimulatedDrafter:
         self._drafter.start(prompts)
 
     def propose(
-        self, sequences: list[list[int]], num_draft: int, chooser: Chooser
+        self, sequences: list[list[int]], num_draft: int, sampler: RoundSampler
     ) -> Draft:
         (sequence,) = sequences
         place = len(sequence) - 1  # the start token is not of the text
@@ -164,46 +157,20 @@ class SimulatedDrafter:
         right += [0] * (num_draft - len(right))
         wrong = self._random.random(num_draft) >= self._alpha
         tokens = (np.array(right) + wrong) % self._vocabulary
-        told = _Told(chooser, mx.array(tokens.astype(np.int32)))
+        told = _Told(sampler, mx.array(tokens.astype(np.int32)))
         return self._drafter.propose(sequences, num_draft, told)
 
 
 class _Told:
     """Chooses the tokens that it is told to, when the draft's own are computed."""
 
-    def __init__(self, chooser: Chooser, tokens: mx.array):
-        self._chooser = chooser
+    def __init__(self, sampler: RoundSampler, tokens: mx.array):
+        self._sampler = sampler
         self._tokens = tokens
 
     def draft(
         self, logits: mx.array, drafted: list[mx.array]
     ) -> tuple[mx.array, mx.array | None]:
-        own, probs = self._chooser.draft(logits, drafted)
+        own, probs = self._sampler.draft(logits, drafted)
         # MLX computes what a result depends on, whatever it is multiplied with.
         return self._tokens[len(drafted)][None] + 0 * own, probs
-
-
-def random_model(config: T5Config, name: str) -> T5:
-    """A T5 with random weights, float32 on a CPU, else bfloat16.
-
-    Raises:
-        InputError: it does not fit the memory.
-    """
-    on_cpu = mx.default_device() == mx.cpu
-    if on_cpu:
-        mx.disable_compile()  # as for a real model, see model.load
-    dtype = mx.float32 if on_cpu else mx.bfloat16
-    model = T5(config, tied=config.scale_outputs)
-    prepare_memory(parameter_count(model) * dtype.size, Path(name))
-    mx.random.seed(0)
-
-    def fill(weight: mx.array) -> mx.array:
-        if weight.ndim == 1:
-            return mx.ones(weight.shape, dtype)
-        value = mx.random.normal(weight.shape, dtype, scale=weight.shape[1] ** -0.5)
-        mx.eval(value)  # one at a time: a model may take most of the memory
-        return value
-
-    model.update(tree_map(fill, model.parameters()))
-    mx.eval(model.parameters())
-    return model

@@ -13,7 +13,8 @@ from typing import Protocol
 import mlx.core as mx
 import numpy as np
 
-from speculation.sampling import Chooser
+from speculation.samplers import RoundSampler
+from speculation.session import Session
 
 #: Draft steps after which a step's token is looked at: nothing is of use behind an end.
 LOOK_BACK = 16
@@ -35,32 +36,6 @@ class Draft:
     counts: list[int] | None = None
 
 
-class Session(Protocol):
-    """One model with its caches and one batch (see ``model.T5Session``).
-
-    Attributes:
-        vocabulary: ids below it may be fed and are what the logits are of.
-        positions: how many may be fed to a row; None for any number.
-        batches: whether rows of different lengths may be started together.
-    """
-
-    vocabulary: int
-    positions: int | None
-    batches: bool
-
-    def start(self, prompts: list[list[int]]) -> list[list[int]]:
-        """Encode or prefill; the tokens that each row's decoding starts from."""
-
-    def extend(self, tokens: mx.array) -> mx.array:
-        """Append tokens (B, T); logits (B, T, V), those at t for the token after it."""
-
-    def rewind(self, lengths: list[int]) -> None:
-        """Forget all but the first ``lengths[b]`` cached positions of each row b."""
-
-    def forget(self) -> None:
-        """Drop the batch: the next one reuses nothing of it."""
-
-
 class Drafter(Protocol):
     """Anything that can guess how a text goes on.
 
@@ -74,7 +49,7 @@ class Drafter(Protocol):
         """Prepare for a batch of prompts (B lists of token ids)."""
 
     def propose(
-        self, sequences: list[list[int]], num_draft: int, chooser: Chooser
+        self, sequences: list[list[int]], num_draft: int, sampler: RoundSampler
     ) -> Draft:
         """Guess the next ``num_draft`` tokens of each row, or fewer where all rows
         would end before; never wait for the device.
@@ -82,7 +57,7 @@ class Drafter(Protocol):
         Args:
             sequences: for each row the committed tokens, with those it started from.
             num_draft: K, at least 1.
-            chooser: chooses tokens from logits as the target will.
+            sampler: chooses tokens from logits as the target will.
         """
 
 
@@ -105,7 +80,7 @@ class ModelDrafter:
         self._proposed: mx.array | None = None
 
     def propose(
-        self, sequences: list[list[int]], num_draft: int, chooser: Chooser
+        self, sequences: list[list[int]], num_draft: int, sampler: RoundSampler
     ) -> Draft:
         self._settle(sequences)
         logits = self._catch_up(sequences)
@@ -113,7 +88,7 @@ class ModelDrafter:
         probs: list[mx.array | None] = []
         ended = np.zeros(len(sequences), bool)
         while True:
-            token, q = chooser.draft(logits, tokens)
+            token, q = sampler.draft(logits, tokens)
             mx.async_eval(token)  # it runs while the next step is being built
             tokens.append(token)
             probs.append(q)
@@ -122,7 +97,7 @@ class ModelDrafter:
             if len(tokens) > LOOK_BACK:
                 # Long done, while those after it wait for their turn: no time is lost.
                 old = np.array(tokens[-LOOK_BACK - 1])
-                ended |= np.isin(old, list(chooser.eos_tokens))
+                ended |= np.isin(old, list(sampler.eos_tokens))
                 if ended.all():
                     break
             logits = self.session.extend(token[:, None])[:, -1]
@@ -168,74 +143,7 @@ class ModelDrafter:
         return mx.take_along_axis(logits, last[:, None, None], axis=1)[:, 0]
 
 
-class LookupDrafter:
-    """Drafts what followed the last few tokens where they occurred before.
-
-    In the text so far, and in the prompt where a decoder does not have that before its
-    text. No model, no cost; nothing is proposed where nothing matches. Saxena, "Prompt
-    Lookup Decoding", 2023.
-    """
-
-    positions = None
-
-    def start(self, prompts: list[list[int]]) -> None:
-        self._prompts = prompts
-        self._rows: list[_Occurrences] | None = None
-
-    def propose(
-        self, sequences: list[list[int]], num_draft: int, chooser: Chooser
-    ) -> Draft:
-        if self._rows is None:
-            self._rows = [
-                _Occurrences([] if sequence[: len(prompt)] == prompt else prompt)
-                for prompt, sequence in zip(self._prompts, sequences, strict=True)
-            ]
-        found = [
-            row.after(sequence, num_draft)
-            for row, sequence in zip(self._rows, sequences, strict=True)
-        ]
-        found = [up_to_end(tokens, chooser.eos_tokens) for tokens in found]
-        counts = [len(tokens) for tokens in found]
-        padded = np.zeros((len(found), max(counts)), np.int32)  # maybe no column
-        for row, tokens in enumerate(found):
-            padded[row, : len(tokens)] = tokens
-        return Draft(mx.array(padded), counts=counts)
-
-
 def up_to_end(tokens: list[int], eos_tokens: AbstractSet[int]) -> list[int]:
     """Tokens up to the first that ends a text, itself included."""
     end = next((i for i, token in enumerate(tokens) if token in eos_tokens), None)
     return tokens if end is None else tokens[: end + 1]
-
-
-class _Occurrences:
-    """What followed each n-gram of one row's text where it occurred last."""
-
-    SIZES = (4, 3, 2)  # of n-grams, the longest match first
-
-    def __init__(self, source: list[int]):
-        """``source``: text to look in beside the row's own, maybe none."""
-        self._text = [*source, -1]  # which is in no n-gram that is looked for
-        self._own = len(self._text)  # where the row's own text begins
-        self._next: dict[tuple[int, ...], int] = {}  # n-gram -> the place after it
-        self._indexed = 0
-
-    def after(self, sequence: list[int], count: int) -> list[int]:
-        """Up to ``count`` tokens that followed what ``sequence`` ends with."""
-        text = self._text
-        text += sequence[len(text) - self._own :]  # what was there has not changed
-        # The last n-grams are left out: they would find themselves.
-        for end in range(self._indexed + 1, len(text)):
-            for size in self.SIZES:
-                if size <= end:
-                    self._next[tuple(text[end - size : end])] = end
-            self._indexed = end
-        for size in self.SIZES:
-            place = self._next.get(tuple(text[-size:]))
-            if place is not None and size <= len(sequence):
-                found = text[place : place + count]
-                if -1 in found:
-                    found = found[: found.index(-1)]
-                if found:
-                    return found
-        return []

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from system.errors import TooLongError
+from system.device import on_cpu
+from system.errors import InputError, TooLongError
 
 #: Bytes for which nobody is asked what is left, as that takes a millisecond.
 SMALL = 1 << 24
@@ -31,7 +32,7 @@ def total() -> int | None:
     """The bytes that the device can use well; None where it has to say so itself."""
     if mx.metal.is_available():
         return int(mx.device_info()["max_recommended_working_set_size"])
-    if mx.default_device() == mx.cpu:
+    if on_cpu():
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return None  # CUDA can page
 
@@ -45,7 +46,7 @@ def free() -> int | None:
     if whole is None:
         return None
     left = [whole - mx.get_active_memory()]
-    if mx.default_device() == mx.cpu:
+    if on_cpu():
         left += [*_machine(_PROC), *_limits(_PROC), *_groups(_PROC, _GROUPS)]
     return max(0, min(left))
 
@@ -135,3 +136,29 @@ def _text(path: Path) -> str:
         return path.read_text("utf-8", "replace")
     except OSError:
         return ""
+
+
+def prepare_memory(size: int, folder: Path) -> None:
+    """See to it that weights of ``size`` bytes fit the device, before they are read.
+
+    On Metal, weights beyond the recommended working set would be swapped in and out at
+    every token: they are refused, and what fits is kept wired.
+
+    Raises:
+        InputError: they do not fit.
+    """
+    if mx.metal.is_available():
+        mx.set_wired_limit(total())
+    if not fits(size):
+        advice = "take a smaller model"
+        if on_cpu():
+            advice += ": a CPU computes in float32, whatever the weights are stored in"
+        else:
+            advice += (
+                ", or convert this one with -q, or with --dtype bfloat16 if it is "
+                "stored in float32"
+            )
+        raise InputError(
+            f"{folder} needs {size / 1e9:.1f} GB for its weights, and this machine has "
+            f"{free() / 1e9:.1f} GB for them: {advice}"
+        )

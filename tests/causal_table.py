@@ -31,7 +31,8 @@ from architectures import causal_model, rotary, verified
 from architectures.causal_session import CausalSession
 from architectures.verified import ROWS
 from decoder import Stats, generate
-from speculation.drafting import LookupDrafter, ModelDrafter
+from speculation.drafting import ModelDrafter
+from speculation.lookup import LookupDrafter
 
 VOCABULARY = 96
 POSITIONS = 300

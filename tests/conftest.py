@@ -36,9 +36,9 @@ from transformers import (
 
 import convert
 import main
-import model
+from architectures import t5
 from system import errors
-from text import fast_tokenizer, slow_tokenizer, spiece_tokenizer
+from text import fast_tokenizer, saving, slow_tokenizer, spiece_tokenizer
 from text.tokenizer import reader_of
 
 # A shell's background has it ignored, by whatever is started from there as well.
@@ -56,8 +56,8 @@ def _save_tokenizer(source: Path, folder: Path) -> None:
 
 
 #: As convert.py has it: in a process of its own, which takes seconds to begin.
-save_tokenizer_confined = convert.save_tokenizer
-convert.save_tokenizer = _save_tokenizer
+save_tokenizer_confined = saving.save_tokenizer
+saving.save_tokenizer = _save_tokenizer
 
 #: Seconds after which a process is taken to hang, however busy the machine is.
 HANG = 900
@@ -199,7 +199,7 @@ def make(tmp_path_factory):
 def tiny(make):
     """The default tiny model, loaded: (the oracle, the MLX model)."""
     oracle, _, folder = make()
-    return oracle, model.load(folder)
+    return oracle, t5.load(folder)
 
 
 def relative_error(ours, theirs: torch.Tensor) -> float:

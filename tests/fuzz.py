@@ -69,7 +69,7 @@ from mutations import (
 )
 
 from system.errors import InputError, one_line
-from text import confined
+from text import confined, saving
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAT = [{"role": "user", "content": "the cat"}]
@@ -214,17 +214,15 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
 
 def run_convert(folder: Path, out: Path) -> None:
     """Convert weights; their tokenizer is none of the matter."""
-    import convert
 
-    convert.save_tokenizer = _copy_tokenizer
+    saving.save_tokenizer = _copy_tokenizer
     _convert(folder, out)
 
 
 def run_convert_config(folder: Path, out: Path) -> None:
-    import convert
     from checkpoints.config import Quantization
 
-    convert.save_tokenizer = _copy_tokenizer
+    saving.save_tokenizer = _copy_tokenizer
     _convert(folder, out, quantization=Quantization.choose(group_size=32))
     run_model(out, out)
 

@@ -29,9 +29,11 @@ from conftest import save_checkpoint, tiny_torch
 
 import convert
 import model
+from architectures import t5
 from decoder import generate
-from speculation.drafting import Draft, ModelDrafter, Session
+from speculation.drafting import Draft, ModelDrafter
 from speculation.sampling import Sampling
+from speculation.session import Session
 
 VOCABULARY = 8
 END = 1
@@ -72,7 +74,7 @@ class TinyPair:
                 oracle.lm_head.weight *= 0.15  # no token is certain
             save_checkpoint(oracle, folder / name / "hf", untied=True)
             convert.convert(folder / name / "hf", folder / name / "mlx")
-            session = model.T5Session(model.load(folder / name / "mlx"))
+            session = model.T5Session(t5.load(folder / name / "mlx"))
             session.first_capacity = 16  # the texts are short, and there are many
             sessions.append(session)
             oracles.append(partial(_t5_logits, oracle))
@@ -92,7 +94,7 @@ class Point:
     def start(self, prompts):
         pass
 
-    def propose(self, sequences, num_draft, chooser):
+    def propose(self, sequences, num_draft, sampler):
         rows = [[3 + (sum(s) + i) % 4 for i in range(num_draft)] for s in sequences]
         return Draft(mx.array(rows, mx.int32))
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import convert
-import model
+from architectures import t5
 from checkpoints import converted
 from checkpoints.converted import WEIGHTS, MappedWeights, WeightsWriter
 from system.errors import InputError
@@ -555,7 +555,7 @@ def test_damaged_npz_files(make, tmp_path, data):
         raw[where : where + 4] = data.draw(st.binary(min_size=4, max_size=4))
     (damaged / WEIGHTS).write_bytes(raw)
     try:
-        loaded = model.load(damaged)
+        loaded = t5.load(damaged)
     except InputError as error:
         assert str(damaged / WEIGHTS) in str(error)
     else:  # bytes that nothing depends on, or that were what they had been
@@ -574,4 +574,4 @@ def test_weights_of_another_config(make, tmp_path, field, value, message):
     folder = shutil.copytree(make()[2], tmp_path / "mlx")
     edit(folder / "config.json", **{field: value})
     with pytest.raises(InputError, match=message):
-        model.load(folder)
+        t5.load(folder)

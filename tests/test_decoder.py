@@ -10,10 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import model
+from architectures import t5
 from decoder import generate
 from speculation import drafting
-from speculation.drafting import Draft, LookupDrafter, ModelDrafter
-from speculation.sampling import GREEDY, Choices, Sampling
+from speculation.drafting import Draft, ModelDrafter
+from speculation.lookup import LookupDrafter
+from speculation.samplers import BatchSampler
+from speculation.sampling import GREEDY, Sampling
 from system.errors import InputError
 
 #: Prompts that the tiny target answers with varied texts.
@@ -43,7 +46,7 @@ class Scripted:
     def start(self, prompts):
         pass
 
-    def propose(self, sequences, num_draft, chooser):
+    def propose(self, sequences, num_draft, sampler):
         rows = [self.guess(sequence, num_draft) for sequence in sequences]
         counts = self.ragged and [self.ragged(s) % (num_draft + 1) for s in sequences]
         return Draft(mx.array(rows, mx.int32), counts=counts)
@@ -51,7 +54,7 @@ class Scripted:
 
 def broken(folder) -> model.T5:
     """The model with logits that are NaN."""
-    damaged = model.load(folder)
+    damaged = t5.load(folder)
     wo = damaged.decoder.layers[0].feed_forward.wo
     wo.weight = wo.weight * float("nan")
     return damaged
@@ -85,12 +88,12 @@ def plain(target):
 def drafters(tiny, make):
     """Good but imperfect, unrelated, and those that only do harm."""
     _, _, folder = make(seed=9, num_decoder_layers=1)
-    wide = model.load(make(seed=4, vocab_size=VOCABULARY + 40)[2])
-    narrow = model.load(make(seed=4, vocab_size=VOCABULARY - 40)[2])
+    wide = t5.load(make(seed=4, vocab_size=VOCABULARY + 40)[2])
+    narrow = t5.load(make(seed=4, vocab_size=VOCABULARY - 40)[2])
     return {
-        "good": ModelDrafter(Checked(model.load(make(noise=0.05)[2]))),
+        "good": ModelDrafter(Checked(t5.load(make(noise=0.05)[2]))),
         "same": ModelDrafter(Checked(tiny[1])),
-        "random": ModelDrafter(Checked(model.load(folder))),
+        "random": ModelDrafter(Checked(t5.load(folder))),
         "more ids than the target": ModelDrafter(Checked(wide)),
         "fewer ids than the target": ModelDrafter(Checked(narrow)),
         "always the end": Scripted(lambda sequence, n: [1] * n),
@@ -232,14 +235,14 @@ def test_drafter_needs_no_feedback(tiny, data):
     used.start(PROMPTS)
     token = st.integers(2, VOCABULARY - 1)
     sequences = [[0] for _ in PROMPTS]
-    choices = Choices(GREEDY, sequences, VOCABULARY)
+    batch_sampler = BatchSampler(GREEDY, sequences, VOCABULARY)
     for _ in range(data.draw(st.integers(1, 4))):
         num_draft = data.draw(st.integers(1, 5))
-        chooser = choices.begin(sequences)
-        got = np.array(used.propose(sequences, num_draft, chooser).tokens)
+        sampler = batch_sampler.round(sequences)
+        got = np.array(used.propose(sequences, num_draft, sampler).tokens)
         fresh = ModelDrafter(Checked(tiny[1]))
         fresh.start(PROMPTS)
-        expected = np.array(fresh.propose(sequences, num_draft, chooser).tokens)
+        expected = np.array(fresh.propose(sequences, num_draft, sampler).tokens)
         np.testing.assert_array_equal(got, expected)
         for row, sequence in enumerate(sequences):
             kept = data.draw(st.integers(0, num_draft))

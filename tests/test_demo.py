@@ -7,6 +7,7 @@ import pytest
 
 import benchmark
 import main
+from console import choosing, prompts
 from pair import Pair
 
 EXAMPLES = Path(main.__file__).parent / "demo" / "examples.txt"
@@ -14,7 +15,7 @@ EXAMPLES = Path(main.__file__).parent / "demo" / "examples.txt"
 
 @pytest.fixture(scope="module")
 def bundled():
-    return Pair.load(*map(str, main.BUNDLED))
+    return Pair.load(*map(str, choosing.BUNDLED))
 
 
 def test_speculation_changes_nothing(bundled):
@@ -37,8 +38,8 @@ def test_speculation_changes_nothing(bundled):
 
 def test_examples_are_translated(bundled):
     """What a newcomer sees first ends, and is German."""
-    prompts = [main.EXAMPLE, *EXAMPLES.read_text().splitlines()]
-    for prompt in prompts:
+    sentences = [prompts.EXAMPLE, *EXAMPLES.read_text().splitlines()]
+    for prompt in sentences:
         answer = bundled.generate(prompt).finish()
         assert answer.finish_reason == "eos"
         assert 3 <= len(answer.text.split()) <= 12

@@ -22,6 +22,7 @@ from transformers import AutoTokenizer, ByT5Tokenizer, T5Tokenizer
 
 import convert
 import model
+from architectures import t5
 from checkpoints import config
 from checkpoints.config import MODES, Quantization, T5Config
 from model import T5Session
@@ -278,7 +279,7 @@ def test_activations_are_all_of_transformers():
 @pytest.mark.parametrize("name", ["gelu", "relu2", "quick_gelu"])
 def test_activations_in_place(make, name, gated):
     oracle, _, folder = make(feed_forward_proj=f"{gated}{name}")
-    session = T5Session(model.load(folder))
+    session = T5Session(t5.load(folder))
     session.start([[5, 6, 1]])
     ids = torch.tensor([[0, 9, 8]])
     with torch.no_grad():
@@ -323,7 +324,7 @@ def test_quantized(quantized, tmp_path, monkeypatch, how, dtype):
     quantized target is its own, whatever is drafted for it."""
     convert.convert(quantized / "hf", tmp_path / "mlx", dtype, how)
     unpacked = Pair.load(str(tmp_path / "mlx"), str(quantized / "draft"))
-    whole = model.load(quantized / "draft")
+    whole = t5.load(quantized / "draft")
     assert unpacked.target.model.dtype == mx.float32
     size = (tmp_path / "mlx" / "weights.npz").stat().st_size
     width = 4 if dtype == "float32" else 2
@@ -335,7 +336,7 @@ def test_quantized(quantized, tmp_path, monkeypatch, how, dtype):
     exact = np.array(unpacked.target.extend(fed))
     with monkeypatch.context() as patched:
         on_a_gpu(patched)
-        packed = T5Session(model.load(tmp_path / "mlx"), unpacked.target.vocabulary)
+        packed = T5Session(t5.load(tmp_path / "mlx"), unpacked.target.vocabulary)
         packed.start([ids])
         logits = packed.extend(fed)
     scales = packed.model.embedding.scales
@@ -362,7 +363,7 @@ def test_quantized_error_is_that_of_the_weights(quantized, tmp_path):
         convert.convert(quantized / "hf", tmp_path / str(bits), "auto", how)
     logits = []
     for name in ("whole", "2", "4", "8"):
-        session = T5Session(model.load(tmp_path / name))
+        session = T5Session(t5.load(tmp_path / name))
         session.start([[5, 6, 1]])
         logits.append(np.array(session.extend(mx.array([[0, 5, 7]]))))
     errors = [np.abs(each - logits[0]).max() for each in logits[1:]]

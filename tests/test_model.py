@@ -11,6 +11,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 from transformers.models.t5.modeling_t5 import T5Attention
 
 import model
+from architectures import t5
 from architectures.slim import is_slim, slim
 from checkpoints import config
 from checkpoints.config import T5Config
@@ -44,7 +45,7 @@ def prompt_of(length: int, seed: int = 0) -> list[int]:
 @pytest.fixture(params=FAMILIES, ids=lambda name: name.replace(" ", "-"))
 def family(request, make):
     oracle, _, folder = make(**FAMILIES[request.param])
-    return oracle, model.load(folder)
+    return oracle, t5.load(folder)
 
 
 @pytest.fixture(params=["cpu", "gpu"])
@@ -65,7 +66,7 @@ def test_only_small_models_are_slimmed(make, monkeypatch):
     assert kinds.count("UnitNorm") == 2 * 2 + 2 * 3
     assert kinds.count("Product") == 2 * 4 + 2 * 7 + 1
     assert "Linear" not in kinds
-    large = model.load(folder)
+    large = t5.load(folder)
     monkeypatch.setattr(fast_blas, "SMALL", 0)
     slim(large)
     assert not is_slim(large)
@@ -224,7 +225,7 @@ def test_ids_that_stand_for_nothing_are_banned(tiny):
 def test_bfloat16(make):
     """Masks, bias and caches follow the weights' dtype, in every kind of pass."""
     _, _, folder = make()
-    reference, half = (model.load(folder) for _ in range(2))
+    reference, half = (t5.load(folder) for _ in range(2))
     half.set_dtype(mx.bfloat16)
     sessions = [model.T5Session(weights) for weights in (reference, half)]
     for session in sessions:
@@ -268,14 +269,14 @@ def test_equal_prompts_are_encoded_once(tiny, monkeypatch):
 def test_weights_that_do_not_fit(tmp_path):
     """Said before anything is read, with both sizes."""
     with pytest.raises(InputError, match=r"needs 1000000\.0 GB .* has \d+\.\d GB"):
-        model.prepare_memory(10**15, tmp_path)
+        memory.prepare_memory(10**15, tmp_path)
 
 
 def test_prompt_too_long_for_the_memory(make, monkeypatch):
     """Attention's squares are counted before they are made, in every layer of umT5."""
     monkeypatch.setattr(memory, "SMALL", 0)
     for fields in ({}, {"kind": "umt5", "num_layers": 3}):
-        session = model.T5Session(model.load(make(**fields)[2]))
+        session = model.T5Session(t5.load(make(**fields)[2]))
         squares = session.model.config.num_heads * (3 if fields else 1) * 4
         with monkeypatch.context() as patch:
             patch.setattr(memory, "free", lambda n=6 * squares * 1000**2: n)

@@ -26,8 +26,10 @@ from transformers import (
 from architectures import causal_model
 from architectures.causal_session import CausalSession
 from pair import LOOKUP, Pair
-from speculation.drafting import LookupDrafter, ModelDrafter
-from speculation.sampling import GREEDY, Choices
+from speculation.drafting import ModelDrafter
+from speculation.lookup import LookupDrafter
+from speculation.samplers import BatchSampler
+from speculation.sampling import GREEDY
 from system.errors import InputError
 
 PROMPTS = [[10, 11, 12, 40], [*range(24, 32)], [31, 32]]
@@ -311,8 +313,8 @@ def lookup(prompt, sequences, count=5):
     drafter.start([prompt])
     found = []
     for sequence in sequences:
-        chooser = Choices(GREEDY, [[0]], 99).begin([sequence])
-        draft = drafter.propose([sequence], count, chooser)
+        sampler = BatchSampler(GREEDY, [[0]], 99).round([sequence])
+        draft = drafter.propose([sequence], count, sampler)
         found.append(np.array(draft.tokens)[0, : draft.counts[0]].tolist())
     return found
 

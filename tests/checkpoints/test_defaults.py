@@ -17,7 +17,8 @@ from checkpoints import defaults
 from checkpoints.defaults import Files
 from decoder import MAX_TOKENS
 from pair import Pair
-from speculation.sampling import BadWords, Prefix, Sampling
+from speculation.processors import BadWords, Prefix
+from speculation.sampling import Sampling
 from system import errors
 from system.errors import InputError
 

@@ -25,7 +25,6 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 import convert
 import pair
 from architectures import causal_model
-from checkpoints import sources
 from checkpoints.converted import WEIGHTS
 from checkpoints.torch_file import read_torch
 from system.errors import InputError
@@ -237,12 +236,12 @@ def test_views_beyond_their_storage(tmp_path):
 )
 def test_only_needed_files_are_fetched(files, expected):
     companions = ["config.json", "spiece.model"]
-    assert sources.needed([*companions, *files, "README.md"]) == companions + expected
+    assert hub.needed([*companions, *files, "README.md"]) == companions + expected
 
 
 def test_model_without_usable_weights():
     with pytest.raises(InputError, match="neither"):
-        sources.needed(["config.json", "tf_model.h5"])
+        hub.needed(["config.json", "tf_model.h5"])
 
 
 class Hub(BaseHTTPRequestHandler):

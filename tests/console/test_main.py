@@ -18,6 +18,7 @@ import main
 import model
 from checkpoints import converted
 from checkpoints.converted import WEIGHTS
+from console import prompts
 from decoder import Stats
 from pair import Pair
 from speculation.sampling import Sampling
@@ -338,7 +339,7 @@ def test_prompts_that_were_not_typed_are_shown(call, pair, monkeypatch):
     """To a person, that is: a script's stderr has errors and figures alone."""
     assert "> " not in call(*models(pair), "--max-tokens", 2)[2]
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    assert f"> {main.EXAMPLE}\n" in call(*models(pair), "--max-tokens", 2)[2]
+    assert f"> {prompts.EXAMPLE}\n" in call(*models(pair), "--max-tokens", 2)[2]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"cat\n")))
     assert "> cat\n" in call(*models(pair), "--prompt", "-", "--max-tokens", 2)[2]
     assert "> " not in call(*models(pair), "--prompt", "cat", "--max-tokens", 2)[2]

@@ -24,6 +24,7 @@ import benchmark
 import convert
 import main
 import model
+from architectures import t5
 from checkpoints import converted, sources
 from checkpoints.config import T5Config
 from checkpoints.converted import WEIGHTS
@@ -175,7 +176,7 @@ def test_larger_than_the_weights(hub, mlx, tmp_path, fields, monkeypatch):
     with pytest.raises(InputError, match="does not fit the weights"):
         convert.convert(hub, tmp_path / "out")
     with pytest.raises(InputError, match="does not fit the weights"):
-        model.load(mlx)
+        t5.load(mlx)
 
 
 @pytest.mark.parametrize("fields", [{"num_layers": 1_000_000}, {"d_ff": 1 << 31}])
@@ -204,7 +205,7 @@ def test_numbers_by_another_name(mlx, dtype):
     """float32 called integers would load, and the text would be nonsense."""
     npz_with(mlx / WEIGHTS, lambda _, header: header.replace(b"<f4", dtype.encode()))
     with pytest.raises(InputError, match=r"dtype|holds uint32|npy header|size"):
-        model.load(mlx)
+        t5.load(mlx)
 
 
 @pytest.mark.parametrize(
@@ -216,7 +217,7 @@ def test_shapes_by_another_name(mlx, shape):
 
     npz_with(mlx / WEIGHTS, change)
     with pytest.raises(InputError):
-        model.load(mlx)
+        t5.load(mlx)
 
 
 def test_a_header_that_is_a_program(mlx):
@@ -224,7 +225,7 @@ def test_a_header_that_is_a_program(mlx):
     bomb = b"{'descr': '<f4', 'fortran_order': False, 'shape': (__import__('os'),)}"
     npz_with(mlx / WEIGHTS, lambda *_: bomb)
     with pytest.raises(InputError, match="npy header"):
-        model.load(mlx)
+        t5.load(mlx)
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +261,7 @@ def test_quantized_in_another_way(quantized, tmp_path, noted):
     folder = shutil.copytree(quantized, tmp_path / "x")
     edit(folder / "config.json", quantization=noted)
     with pytest.raises(InputError):
-        model.load(folder)
+        t5.load(folder)
 
 
 @pytest.mark.parametrize("part", ["weight", "scales", "biases"])
@@ -278,7 +279,7 @@ def test_quantized_numbers_by_another_name(quantized, tmp_path, part):
 
     npz_with(folder / WEIGHTS, change)
     with pytest.raises(InputError, match=f"{name[:-4]} holds"):
-        model.load(folder)
+        t5.load(folder)
 
 
 # Checkpoints.
@@ -425,7 +426,6 @@ def tokenizer_with(folder: Path, **parts) -> Path:
 
 
 REPLACE = {"type": "Replace", "pattern": {"String": "a"}}
-
 
 ADDED = {"id": 96, "content": "x", "special": False, "normalized": False}
 ADDED |= dict.fromkeys(("single_word", "lstrip", "rstrip"), False)

@@ -411,9 +411,9 @@ def test_step_costs_are_of_the_right_steps(make, monkeypatch):
         fed.append((*pair.target.lengths, tokens.shape[1]))
         return extend(tokens)
 
-    def watched_propose(sequences, num_draft, chooser):
+    def watched_propose(sequences, num_draft, sampler):
         drafted.append((len(sequences[0]), num_draft))
-        return propose(sequences, num_draft, chooser)
+        return propose(sequences, num_draft, sampler)
 
     monkeypatch.setattr(pair.target, "extend", watched_extend)
     monkeypatch.setattr(pair.drafter, "propose", watched_propose)

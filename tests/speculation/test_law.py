@@ -25,7 +25,7 @@ from law import (
 
 import decoder
 from decoder import generate
-from speculation import acceptance, sampling
+from speculation import acceptance, samplers
 
 LEAST = 1e-4
 SAMPLES = 5000
@@ -75,7 +75,7 @@ def same_numbers_for_drafting_and_judging(monkeypatch):
         own = self._judging[:, :1]
         return mx.concatenate([own, self._drawing[:, :drafted]], axis=1)
 
-    monkeypatch.setattr(sampling.Chooser, "judging", judging)
+    monkeypatch.setattr(samplers.RoundSampler, "judging", judging)
 
 
 def bonus_from_the_last_residual(monkeypatch):
@@ -95,13 +95,13 @@ def bonus_from_the_last_residual(monkeypatch):
 
 def unfiltered_q(monkeypatch):
     """The draft's tokens come from the filtered q, but another is told."""
-    draft = sampling.Chooser.draft
+    draft = samplers.RoundSampler.draft
 
     def told(self, logits, drafted):
         token, _ = draft(self, logits, drafted)
         return token, mx.softmax(logits, axis=-1)
 
-    monkeypatch.setattr(sampling.Chooser, "draft", told)
+    monkeypatch.setattr(samplers.RoundSampler, "draft", told)
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from law import chain
 
 import model
+from architectures import t5
 from decoder import generate
 from speculation.drafting import Draft, ModelDrafter
-from speculation.sampling import Choices, Sampling, draw
+from speculation.samplers import BatchSampler
+from speculation.sampling import Sampling, draw
 from system.errors import InputError
 
 PROMPTS = [[10, 11, 12, 1], [*range(24, 32), 1], [31, 32, 33, 34, 1]]
@@ -128,16 +130,16 @@ def test_rules_at_every_position_of_a_block(rule, data):
     rng = np.random.default_rng(data.draw(st.integers(0, 10**6)))
     logits = rng.normal(size=(len(rows), size + 1, vocabulary)).astype(np.float32)
     prompts = [data.draw(st.lists(token, min_size=1, max_size=7)) for _ in rows]
-    choices = Choices(
+    batch_sampler = BatchSampler(
         options, [[0]] * len(rows), vocabulary, eos_tokens={1, 99}, prompts=prompts
     )
     block = [[row[-1], *draft] for row, draft in zip(rows, drafted, strict=True)]
-    known = choices.begin(rows).process(mx.array(logits), mx.array(block))
+    known = batch_sampler.round(rows).process(mx.array(logits), mx.array(block))
     # The same, where the device alone knows the last token.
     shorter = [row[:-1] for row in rows]
     if all(shorter):
         last = mx.array([row[-1] for row in rows])
-        ahead = choices.begin(shorter, following=last)
+        ahead = batch_sampler.round(shorter, following=last)
         ahead = ahead.process(mx.array(logits), mx.array(block))
         assert mx.array_equal(ahead, known).item()
     for row, tokens in enumerate(rows):
@@ -154,7 +156,7 @@ def test_rules_at_every_position_of_a_block(rule, data):
 
 @pytest.fixture(scope="module")
 def sessions(tiny, make):
-    return tiny[0], model.T5Session(tiny[1]), model.load(make(noise=0.05)[2])
+    return tiny[0], model.T5Session(tiny[1]), t5.load(make(noise=0.05)[2])
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -223,7 +225,7 @@ def test_what_is_banned_is_never_emitted(sessions, temperature, delta):
         def start(self, prompts):
             pass
 
-        def propose(self, sequences, num_draft, chooser):
+        def propose(self, sequences, num_draft, sampler):
             return Draft(mx.full((len(sequences), num_draft), 17, mx.int32))
 
     options = Sampling(temperature=temperature, suppress_tokens=(17,))

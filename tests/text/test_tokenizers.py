@@ -42,7 +42,6 @@ TEXTS = st.text(
     max_size=40,
 )
 
-
 FLAGS = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
 
 

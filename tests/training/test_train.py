@@ -21,8 +21,9 @@ from transformers import (
 )
 
 import convert
+from architectures.t5 import load
 from decoder import generate
-from model import T5Session, load
+from model import T5Session
 from system.errors import InputError
 from training import corpus, tatoeba, together, train
 
@@ -48,7 +49,6 @@ SMALL = {
     "minutes": 0.2,
     "device": "cpu",
 }
-
 
 SPECIAL = {"pad_token_id": 0, "decoder_start_token_id": 0, "eos_token_id": 1}
 

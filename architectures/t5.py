@@ -1,0 +1,144 @@
+"""A T5 made: from a converted folder, or from its shapes alone."""
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_map
+
+from architectures import t5_checkpoint
+from architectures.parameters import dequantize, linear_paths, parameter_count, quantize
+from architectures.slim import slim
+from checkpoints.config import T5Config
+from checkpoints.converted import CONFIG, WEIGHTS, MappedWeights
+from checkpoints.sources import Tensor
+from checkpoints.storing import Steps
+from model import T5, T5Session
+from speculation.session import Session
+from system import fast_blas
+from system.device import prepare
+from system.files import read_json
+from system.memory import prepare_memory
+from text.tokenizer import Tokenizer
+
+#: What a config names whose checkpoint has no head.
+BARE = ["T5Model"]
+
+
+def load(folder: Path) -> T5:
+    """Load a converted model.
+
+    On a CPU the weights become float32, quantized ones too.
+
+    Raises:
+        InputError: the folder lacks a file, or its files do not belong together.
+    """
+    config = T5Config.read(folder)
+    stored = MappedWeights(folder / WEIGHTS)
+    config.require(len(stored), stored.bytes())
+    model = T5(config, tied="head.weight" not in stored)
+    quantized = [path for path in linear_paths(model) if f"{path}.scales" in stored]
+    dtype = prepare()
+    size = dtype.size * parameter_count(model) if dtype else stored.bytes()
+    if quantized:
+        quantize(model, config.quantization, quantized)
+    prepare_memory(size, folder)
+    parameters = dict(tree_flatten(model.parameters()))
+    weights = stored.load(parameters, dtype)
+    if dtype and quantized:
+        for path in quantized:
+            weights[f"{path}.weight"] = dequantize(weights, path, config.quantization)
+        model = T5(config, tied="head.weight" not in stored)
+    model.load_weights(list(weights.items()))
+    mx.eval(model.parameters())
+    return model
+
+
+def random(config: T5Config, name: str) -> T5:
+    """A T5 with random weights, float32 on a CPU, else bfloat16.
+
+    Raises:
+        InputError: it does not fit the memory.
+    """
+    dtype = prepare() or mx.bfloat16
+    model = T5(config, tied=config.scale_outputs)
+    prepare_memory(parameter_count(model) * dtype.size, Path(name))
+    mx.random.seed(0)
+
+    def fill(weight: mx.array) -> mx.array:
+        if weight.ndim == 1:
+            return mx.ones(weight.shape, dtype)
+        value = mx.random.normal(weight.shape, dtype, scale=weight.shape[1] ** -0.5)
+        mx.eval(value)  # one at a time: a model may take most of the memory
+        return value
+
+    model.update(tree_map(fill, model.parameters()))
+    mx.eval(model.parameters())
+    return model
+
+
+def session(
+    model: T5, vocabulary: int | None = None, banned: Collection[int] = ()
+) -> T5Session:
+    """The model, as fast as this device can run it, with a batch's decoding state.
+
+    Whatever else holds the model's weights, loses them: see :func:`slim.slim`. A pair's
+    target comes last, as the threads are those that fit the last.
+
+    Args:
+        vocabulary, banned: of :class:`model.T5Session`.
+    """
+    fast_blas.fit_threads(parameter_count(model))
+    slim(model)
+    return T5Session(model, vocabulary, banned)
+
+
+def require(config: Mapping[str, Any], name: str, unverified: bool) -> None:
+    """A T5 is converted before it is run: whatever it lacks is said then."""
+
+
+def plan(source: Path, tensors: dict[str, Tensor]) -> tuple[Steps, list[str]]:
+    """The source tensors of each of ours, and what is odd about them, in lines.
+
+    Raises:
+        InputError: see :func:`t5_checkpoint.plan`.
+    """
+    tensors = t5_checkpoint.by_t5s_names(tensors)
+    steps = t5_checkpoint.plan(T5Config.read(source), tensors)
+    odd = []
+    left = t5_checkpoint.unused(steps, tensors)
+    if left:
+        names = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
+        odd.append(f"not used, as T5 has no place for them: {names}")
+    config = read_json(source / CONFIG)
+    untied = config.get("tie_word_embeddings") is False
+    if "head.weight" not in steps and (untied or config.get("architectures") == BARE):
+        odd.append(
+            "the checkpoint has no output head, which its config wants: the embedding "
+            "takes its place"
+        )
+    return steps, odd
+
+
+def embedding_rows(folder: Path) -> int:
+    """How many ids a model has embeddings for."""
+    return T5Config.read(folder).vocab_size
+
+
+def eos_tokens(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
+    """The ids that end a text."""
+    return T5Config.read(folder).eos_tokens
+
+
+def open_session(
+    folder: Path, tokenizer: Tokenizer, vocabulary: int, unverified: bool
+) -> Session:
+    """Load a model into a session that emits the tokenizer's ids alone.
+
+    Raises:
+        InputError: as :func:`load`.
+    """
+    # Loaded before anything is as large as the config says: it fits the weights then.
+    model = load(folder)
+    return session(model, vocabulary, tokenizer.gaps(vocabulary))

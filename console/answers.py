@@ -1,0 +1,128 @@
+"""Answers on their way out, and their figures."""
+
+import json
+import os
+import re
+import sys
+from argparse import Namespace
+
+from decoder import Stats
+from pair import Generation, require_text
+from system.errors import (
+    InputError,
+    blame_prompt,
+    say,
+)
+
+_DRAFTED, _RESET = "\x1b[32m", "\x1b[0m"  # green
+
+
+def read_separator(text: str | None) -> str:
+    """What goes after each answer.
+
+    Raises:
+        InputError: nothing, or what is no text.
+    """
+    if text is None:
+        return "\n"
+    if not text:
+        raise InputError("the separator is empty; a NUL is written '\\0', in quotes")
+    require_text(text, "the separator")
+    escapes = {"n": "\n", "t": "\t", "0": "\0", "\\": "\\"}
+    return re.sub(r"\\([nt0\\])", lambda found: escapes[found[1]], text)
+
+
+def write_text(answer: Generation, color: bool, separator: str) -> None:
+    """Stream the text to stdout, the draft's tokens in green if ``color``.
+
+    Interrupted, what is out stays, on a line of its own.
+    """
+    green = started = False
+    try:
+        for piece in answer:
+            if color and piece.drafted != green:
+                green = piece.drafted
+                print(_DRAFTED if green else _RESET, end="")
+            print(piece.text, end="", flush=True)
+            started = True
+    except BaseException:
+        if started:
+            print(_RESET if green else "", flush=True)
+        raise
+    print(_RESET if green else "", end=separator, flush=True)
+
+
+def write_json(answer: Generation, sample: int | None) -> None:
+    """One object on stdout, with the keys that the README lists."""
+    answer.finish()
+    value = {
+        "prompt": answer.prompt,
+        "text": answer.text,
+        "tokens": answer.tokens,
+        "finish_reason": answer.finish_reason,
+        "stats": answer.stats.as_dict(),
+    }
+    if sample is not None:
+        value["sample"] = sample
+    text = json.dumps(value, ensure_ascii=False)
+    # Some readers take these for the end of a line.
+    for separator in "\u2028\u2029":
+        text = text.replace(separator, f"\\u{ord(separator):x}")
+    print(text, flush=True)
+
+
+def report(stats: Stats, verbose: bool) -> None:
+    """The figures of a prompt's answers, in a block that a person reads."""
+    say("")
+    rounds = f"{stats.new_tokens} tokens in {stats.rounds} target passes"
+    say(f"{rounds} ({stats.tokens_per_round:.2f} per pass)")
+    if stats.alpha is not None:
+        judged = f"{stats.accepted} of {stats.tested} judged"
+        say(
+            f"draft: {judged} stood (alpha {stats.alpha:.2f}), {stats.drafted} proposed"
+        )
+    say(
+        f"time: {stats.encode_seconds:.3f} s encoding, {stats.decode_seconds:.3f} s "
+        f"decoding ({stats.tokens_per_second:.1f} tokens/s)"
+    )
+    say(f"memory: {stats.peak_memory_bytes / 1e6:.0f} MB at most")
+    if verbose:
+        say(f"rounds by draft tokens committed: {stats.accept_histogram}")
+
+
+class Writer:
+    """Answers on stdout, as the flags ask for them."""
+
+    def __init__(self, arguments: Namespace):
+        self._json = arguments.json
+        self._separator = read_separator(arguments.separator)
+        terminal = sys.stdout.isatty()
+        self._color = arguments.color and terminal and "NO_COLOR" not in os.environ
+        # Whether a reader has to tell where an answer ends, and has only lines for it.
+        self._lines = (
+            not arguments.json
+            and arguments.separator is None
+            and (
+                arguments.num_samples > 1
+                or arguments.prompt == "-"
+                or (arguments.interactive and not terminal)
+            )
+        )
+
+    def __call__(self, answers: list[Generation]) -> None:
+        """
+        Raises:
+            PromptError: they cannot be made.
+        """
+        for sample, one in enumerate(answers):
+            with blame_prompt():
+                if self._json:
+                    write_json(one, sample if len(answers) > 1 else None)
+                else:
+                    write_text(one, self._color, self._separator)
+            if self._lines and one.text and one.text.splitlines() != [one.text]:
+                self._lines = False  # once is enough
+                say(
+                    "an answer has line breaks of its own: --json or --separator TEXT "
+                    "show where the next one begins"
+                )

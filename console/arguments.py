@@ -1,0 +1,208 @@
+"""The flags of main.py."""
+
+from argparse import Namespace
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from decoder import DELTA, MAX_TOKENS, NUM_DRAFT
+from pair import LOOKUP
+from speculation.sampling import GREEDY
+from system.errors import (
+    InputError,
+    Parser,
+)
+
+if TYPE_CHECKING:
+    pass
+from console.choosing import NO_DRAFT
+
+NAME = "main.py"
+
+DESCRIPTION = "Generate text with T5, several tokens per pass of the large model."
+
+
+def parse_arguments(arguments: list[str] | None = None) -> Namespace:
+    parser = Parser(prog=NAME, description=DESCRIPTION)
+    add = parser.add_argument
+    add(
+        "--model",
+        metavar="NAME",
+        help="target: a converted T5's folder, or its name in models/; or a "
+        "decoder-only model, a folder or a name on the hub "
+        "(default: t5-11b with t5-small where both are converted, else the bundled "
+        "pair)",
+    )
+    add(
+        "--draft-model",
+        metavar="NAME",
+        help=f"draft, likewise; '{LOOKUP}' drafts, without a model, what followed the "
+        f"same words before; '{NO_DRAFT}' for the target alone (default: t5-small, "
+        f"where it is converted and has the target's tokenizer, else {LOOKUP})",
+    )
+    add(
+        "--prompt",
+        metavar="TEXT",
+        help="what to answer; '-' for standard input, a prompt a line: one that cannot "
+        "be answered is named, the others are, and the exit status is 2 (default: an "
+        "example)",
+    )
+    add(
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help=f"write at most N tokens (default: {MAX_TOKENS})",
+    )
+    add(
+        "--num-draft",
+        type=int,
+        metavar="N",
+        default=NUM_DRAFT,
+        help="draft tokens per round; 0 for the target alone (default: %(default)s)",
+    )
+    add(
+        "--delta",
+        type=float,
+        metavar="D",
+        default=DELTA,
+        help="relaxed acceptance: 0 is exactly the target's text, 1 whatever the draft "
+        "proposes (default: %(default)s)",
+    )
+    sampling = parser.add_argument_group("sampling")
+    _add_sampling(sampling.add_argument)
+    add("--regular-decode", action="store_true", help="decode with the target alone")
+    add(
+        "--interactive",
+        action="store_true",
+        help="ask for prompts, with line editing and history",
+    )
+    add(
+        "--compare",
+        action="store_true",
+        help="then decode with the target alone too, and say how much longer it took",
+    )
+    add(
+        "--task-defaults",
+        action="store_true",
+        help="apply what the model's files ask for: penalties, lengths, sampling, and "
+        "T5's own for prompts like 'summarize: ...'; flags that are given hold",
+    )
+    add(
+        "--unverified",
+        action="store_true",
+        help="take decoder-only models whose text nobody has compared with "
+        "transformers', too",
+    )
+    add("--chat", action="store_true", help="apply the model's chat template")
+    add(
+        "--system",
+        metavar="TEXT",
+        help="with --chat: what the conversation begins with",
+    )
+    add(
+        "--keep-turns",
+        type=int,
+        metavar="N",
+        help="with --chat --interactive: drop the oldest turns of a conversation that "
+        "has become too long, but not the last N",
+    )
+    add(
+        "--keep-special",
+        action="store_true",
+        help="show special tokens like <extra_id_0> in the text",
+    )
+    add("--color", action="store_true", help="show the draft's tokens in green")
+    add("--json", action="store_true", help="print one JSON object instead of the text")
+    add(
+        "--separator",
+        metavar="TEXT",
+        help=r"print TEXT after each answer; \n, \t and \0 are what they are in C "
+        r"(default: \n)",
+    )
+    add("--verbose", action="store_true", help="say more about models and rounds")
+    return parser.parse_args(arguments)
+
+
+def _add_sampling(add: Callable[..., Any]) -> None:
+    """The flags of how tokens are chosen, under the names of transformers."""
+
+    def option(name: str, kind: type, metavar: str, text: str) -> None:
+        default = getattr(GREEDY, name.replace("-", "_"))
+        add(f"--{name}", type=kind, metavar=metavar, help=text.format(default))
+
+    option(
+        "temperature",
+        float,
+        "T",
+        "0 takes the most probable token; 1 samples the model's own distribution, less "
+        "is bolder (default: {:g})",
+    )
+    option("top-k", int, "K", "sample among the K most probable tokens (0: all)")
+    option(
+        "top-p",
+        float,
+        "P",
+        "sample among the most probable tokens that together reach P (1: all)",
+    )
+    option(
+        "min-p", float, "P", "leave out tokens below P times the best one's probability"
+    )
+    option("seed", int, "S", "the same seed gives the same text (default: {})")
+    add(
+        "--num-samples",
+        type=int,
+        metavar="N",
+        default=1,
+        help="answer each prompt N times, together, a line each",
+    )
+    option(
+        "repetition-penalty",
+        float,
+        "X",
+        "above 1: tokens that occurred become less probable (1: off)",
+    )
+    option("no-repeat-ngram-size", int, "N", "no N tokens occur twice (0: off)")
+    option(
+        "encoder-no-repeat-ngram-size", int, "N", "no N tokens of the prompt (0: off)"
+    )
+    add(
+        "--bad-words",
+        nargs="+",
+        metavar="TEXT",
+        help="words that are never written in the tokens that the tokenizer has for "
+        "them",
+    )
+    option("min-new-tokens", int, "N", "no end before N tokens")
+    add(
+        "--suppress-tokens",
+        type=int,
+        nargs="+",
+        metavar="ID",
+        help="ids that are never chosen",
+    )
+    option("forced-bos-token-id", int, "ID", "the id of the first token")
+
+
+def check_flags(arguments: Namespace) -> None:
+    """
+    Raises:
+        InputError: they do not go together.
+    """
+    if arguments.interactive and (arguments.prompt is not None or arguments.compare):
+        raise InputError("--interactive goes with neither --prompt nor --compare")
+    if arguments.compare and (
+        arguments.regular_decode
+        or arguments.num_draft == 0
+        or arguments.draft_model == NO_DRAFT
+    ):
+        raise InputError("--compare needs a draft to compare with the target alone")
+    if arguments.system is not None and not arguments.chat:
+        raise InputError("--system needs --chat")
+    if arguments.keep_turns is not None:
+        if not (arguments.chat and arguments.interactive):
+            raise InputError("--keep-turns needs --chat --interactive")
+        if arguments.keep_turns < 0:
+            raise InputError(
+                f"keep-turns is {arguments.keep_turns}: it has to be at least 0"
+            )
+    if arguments.json and arguments.separator is not None:
+        raise InputError("--separator is for texts: --json has an object a line")

@@ -1,0 +1,104 @@
+"""How each prompt is answered, as flags and the model's files have it."""
+
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from checkpoints.defaults import DefaultsError
+from decoder import MAX_TOKENS
+from pair import Pair, require_text
+from speculation.sampling import Sampling
+from system.errors import (
+    InputError,
+    one_line,
+    say,
+)
+from text.messages import Messages
+
+
+def read_given(arguments: Namespace) -> dict[str, Any]:
+    """The options of how tokens are chosen that flags were given for."""
+    names = {"max_tokens", *(field.name for field in fields(Sampling))}
+    given = {k: v for k, v in vars(arguments).items() if k in names and v is not None}
+    if "suppress_tokens" in given:
+        given["suppress_tokens"] = tuple(given["suppress_tokens"])
+    return given
+
+
+def read_sampling(options: Mapping[str, Any], num_samples: int) -> Sampling:
+    """How tokens are chosen.
+
+    Raises:
+        InputError: an option is out of range, or they do not go together.
+    """
+    if num_samples < 1:
+        raise InputError(f"num-samples is {num_samples}: it has to be at least 1")
+    sampling = Sampling(**{k: v for k, v in options.items() if k != "max_tokens"})
+    if sampling.greedy and num_samples > 1:
+        raise InputError(
+            "at temperature 0 all samples are the same: give a --temperature above 0"
+        )
+    return sampling
+
+
+class Rules:
+    """How each prompt is answered: as the flags say, and with --task-defaults as the
+    model's files ask for. What they ask for is said, once."""
+
+    def __init__(self, arguments: Namespace, pair: Pair):
+        self._pair = pair
+        self._applied = arguments.task_defaults
+        self._num_samples = arguments.num_samples
+        self._given = read_given(arguments)
+        self._said: set[str] = set()
+        if arguments.bad_words:
+            self._given["bad_words_ids"] = _word_ids(pair, arguments.bad_words)
+
+    def of(self, prompt: str | Messages) -> tuple[Sampling, int]:
+        """How tokens are chosen, and the most that may be.
+
+        Raises:
+            PromptError: the prompt cannot be read.
+            InputError: the rules are odd, or do not go together.
+        """
+        options = {"max_tokens": MAX_TOKENS}
+        try:
+            asked = self._pair.defaults(prompt, self._given)
+        except DefaultsError as error:
+            if self._applied:
+                raise
+            self._say(f"{error}: what the model asks for is not known")
+        else:
+            for line in asked.lines(self._applied):
+                self._say(line)
+            if self._applied:
+                options |= asked.options
+                options["max_tokens"] = asked.max_tokens or MAX_TOKENS
+        options |= self._given
+        sampling = read_sampling(options, self._num_samples)
+        # Of no prompt in particular: said before one is answered.
+        sampling.chain(self._pair.target.vocabulary, self._pair.eos_tokens)
+        return sampling, options["max_tokens"]
+
+    def _say(self, line: str) -> None:
+        if line not in self._said:
+            self._said.add(line)
+            say(one_line(line))
+
+
+def _word_ids(pair: Pair, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """The tokens of each word, at the start of a text and after a space."""
+    found = []
+    for word in words:
+        if not word.strip():
+            raise InputError("a bad word is empty")
+        require_text(word, "a bad word")
+        for text in (word, f" {word}"):
+            tokens = tuple(pair.tokenizer.encode_word(text))
+            if not tokens or (len(tokens) == 1 and tokens[0] in pair.eos_tokens):
+                raise InputError(
+                    f"the bad word '{word}' has no token that could be banned"
+                )
+            found.append(tokens)
+    return tuple(dict.fromkeys(found))

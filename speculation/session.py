@@ -1,0 +1,57 @@
+"""What the decoding loop asks of a model: its session, one batch and its caches."""
+
+from typing import Protocol
+
+import mlx.core as mx
+
+from system.errors import PromptError
+
+
+class Session(Protocol):
+    """One model with its caches and one batch (see ``model.T5Session``).
+
+    Attributes:
+        vocabulary: ids below it may be fed and are what the logits are of.
+        positions: how many may be fed to a row; None for any number.
+        batches: whether rows of different lengths may be started together.
+        has_encoder: whether decoding starts from a token of its own, not from the
+            prompt.
+    """
+
+    vocabulary: int
+    positions: int | None
+    batches: bool
+    has_encoder: bool
+
+    def start(self, prompts: list[list[int]]) -> list[list[int]]:
+        """Encode or prefill; the tokens that each row's decoding starts from."""
+
+    def extend(self, tokens: mx.array) -> mx.array:
+        """Append tokens (B, T); logits (B, T, V), those at t for the token after it."""
+
+    def rewind(self, lengths: list[int]) -> None:
+        """Forget all but the first ``lengths[b]`` cached positions of each row b."""
+
+    def forget(self) -> None:
+        """Drop the batch: the next one reuses nothing of it."""
+
+
+def check_prompts(prompts: list[list[int]], rows: int) -> None:
+    """Raise a PromptError for an empty prompt, or for one with an id that the
+    embedding, of ``rows`` rows, does not have: the device would read beyond it."""
+    for prompt in prompts:
+        if not prompt:
+            raise PromptError("the prompt is empty")
+        if max(prompt) >= rows or min(prompt) < 0:
+            raise PromptError(
+                f"the prompt has the token id {max(prompt)}, but the model's "
+                f"embedding has {rows} rows: it was not trained with that token"
+            )
+
+
+def check_rewind(cached: list[int], lengths: list[int]) -> None:
+    """Raise a ValueError for rows that have not ``lengths[b]`` cached positions."""
+    if len(lengths) != len(cached) or not all(
+        0 <= new <= old for new, old in zip(lengths, cached, strict=False)
+    ):
+        raise ValueError(f"cannot rewind from {cached} to {lengths}")

@@ -1,0 +1,37 @@
+"""The device that computes, and what the whole process is set to because of it."""
+
+import mlx.core as mx
+
+
+def on_cpu() -> bool:
+    """Whether MLX computes on a CPU, unless it is told otherwise."""
+    return mx.default_device() == mx.cpu
+
+
+def on_gpu() -> bool:
+    """Likewise on a GPU, Apple's or another."""
+    return mx.default_device() == mx.gpu
+
+
+def compute_early(*arrays: mx.array) -> None:
+    """Have a CPU compute these while Python builds what comes next.
+
+    For small models that takes as long as computing it: 40 test sentences took the
+    bundled pair a seventh less time. Not on a GPU, where it has not been timed.
+    """
+    if on_cpu():
+        mx.async_eval(*arrays)
+
+
+def prepare() -> mx.Dtype | None:
+    """Set the process up for a model, before it is made.
+
+    Returns:
+        What its weights become: float32 on a CPU, where half precision and packed
+        integers are slow; None elsewhere, where they stay what they are.
+    """
+    if not on_cpu():
+        return None
+    # MLX would have g++ compile each fused kernel, for seconds, and gain little.
+    mx.disable_compile()
+    return mx.float32
