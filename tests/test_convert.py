@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import convert
 from architectures import t5
-from checkpoints import converted
+from checkpoints import converted, storing
 from checkpoints.converted import WEIGHTS, MappedWeights, WeightsWriter
 from system.errors import InputError
 from system.files import read_json
@@ -129,7 +129,7 @@ def test_dtypes(tmp_path, stored, dtype):
 
 
 def test_a_billion_parameters_become_bfloat16(monkeypatch, source, tmp_path, capsys):
-    monkeypatch.setattr(convert, "BILLION", 100)
+    monkeypatch.setattr(storing, "BILLION", 100)
     convert.convert(source, tmp_path / "mlx")
     value = mx.load(str(tmp_path / "mlx" / WEIGHTS))["embedding.weight"]
     assert value.dtype == mx.bfloat16

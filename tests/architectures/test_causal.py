@@ -14,16 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from law import LENGTH, WAYS, Point, TinyPair, chi_square, distance, exact_law, sample
 from test_decoder import Scripted, check, decode
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from tiny_causal import tiny_causal
 
-from architectures import causal_model
+from architectures import causal, causal_model
 from architectures.causal_session import CausalSession
 from pair import LOOKUP, Pair
 from speculation.drafting import ModelDrafter
@@ -33,56 +26,6 @@ from speculation.sampling import GREEDY
 from system.errors import InputError
 
 PROMPTS = [[10, 11, 12, 40], [*range(24, 32)], [31, 32]]
-POSITIONS = 300
-ENDS = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
-COMMON = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
-COMMON |= {"max_position_embeddings": POSITIONS, "tie_word_embeddings": False}
-
-
-def rotary(config_class):
-    """A config of a model with rotary embeddings: (layers, size, positions) -> it."""
-    return lambda layers, size, positions: config_class(
-        vocab_size=size,
-        num_hidden_layers=layers,
-        num_key_value_heads=2,
-        **COMMON,
-        **ENDS,
-    )
-
-
-ARCHITECTURES = {
-    "gpt2": (
-        GPT2LMHeadModel,
-        lambda layers, size, positions: GPT2Config(
-            vocab_size=size,
-            n_embd=32,
-            n_head=4,
-            n_layer=layers,
-            n_positions=positions,
-            n_ctx=positions,
-            **ENDS,
-        ),
-    ),
-    "llama": (LlamaForCausalLM, rotary(LlamaConfig)),
-    "qwen2": (Qwen2ForCausalLM, rotary(Qwen2Config)),
-}
-
-
-def tiny_causal(
-    kind, seed=1, noise=0.0, layers=2, size=VOCABULARY, positions=POSITIONS
-):
-    """A random model for transformers, whose texts vary."""
-    model_class, config = ARCHITECTURES[kind]
-    torch.manual_seed(seed)
-    oracle = model_class(config(layers, size, positions)).eval()
-    with torch.no_grad():
-        for name, weight in oracle.named_parameters():
-            if weight.ndim == 2:
-                scale = 1.0 if "wte" in name or "wpe" in name else 2.0
-                weight.normal_(0, scale * min(weight.shape) ** -0.5)
-        for weight in oracle.parameters():
-            weight += noise * weight.std().nan_to_num() * torch.randn_like(weight)
-    return oracle
 
 
 @pytest.fixture(scope="module")
@@ -413,7 +356,7 @@ def test_without_mlx_lm(call, saved, monkeypatch):
     monkeypatch.setitem(sys.modules, "mlx_lm.utils", None)
     status, out, err = call("--model", saved("gpt2")[1], "--prompt", "a")
     assert (status, out) == (2, "")
-    assert err == f"main.py: {causal_model.HINT}\n"
+    assert err == f"main.py: {causal.HINT}\n"
 
 
 def test_damaged_checkpoints(call, saved, tmp_path):
@@ -440,7 +383,7 @@ def test_ends(tmp_path):
     def ends(config, generation=None, tokenizer=None):
         (tmp_path / "config.json").write_text(json.dumps(config))
         (tmp_path / "generation_config.json").write_text(json.dumps(generation or {}))
-        return causal_model.eos_tokens(tmp_path, tokenizer)
+        return causal.eos_tokens(tmp_path, tokenizer)
 
     assert ends({"eos_token_id": 5}, {"eos_token_id": [6, 7]}, 8) == {6, 7}
     assert ends({"eos_token_id": 5}, {"eos_token_id": None}, 8) == {5}

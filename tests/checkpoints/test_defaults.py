@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_tokenizer
-from test_causal import tiny_causal
+from tiny_causal import tiny_causal
 from transformers import AutoModelForSeq2SeqLM, GenerationConfig
 
 import convert

@@ -23,8 +23,8 @@ from conftest import tiny_torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 import convert
-import pair
-from architectures import causal_model
+from architectures import causal, registry
+from checkpoints import hub as on_hub
 from checkpoints.converted import WEIGHTS
 from checkpoints.torch_file import read_torch
 from system.errors import InputError
@@ -236,12 +236,12 @@ def test_views_beyond_their_storage(tmp_path):
 )
 def test_only_needed_files_are_fetched(files, expected):
     companions = ["config.json", "spiece.model"]
-    assert hub.needed([*companions, *files, "README.md"]) == companions + expected
+    assert on_hub.needed([*companions, *files, "README.md"]) == companions + expected
 
 
 def test_model_without_usable_weights():
     with pytest.raises(InputError, match="neither"):
-        hub.needed(["config.json", "tf_model.h5"])
+        on_hub.needed(["config.json", "tf_model.h5"])
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -441,7 +441,7 @@ def test_what_the_hub_has_nothing_of(fake_hub, model, message):
     """Said as it is, never with advice to convert it, and no weights are fetched."""
     fake_hub.models["some/model"] = model
     with pytest.raises(InputError, match=message) as caught:
-        pair.find("some/model")
+        registry.find("some/model")
     assert "convert" not in str(caught.value)
     assert fake_hub.fetched == []
 
@@ -450,7 +450,7 @@ def test_what_the_hub_has_nothing_of(fake_hub, model, message):
 def test_what_mlx_lm_has_is_fetched(fake_hub, kind):
     """By its own name, or by one that it has for another's."""
     fake_hub.models["some/model"] = model_with(model_type=kind, **sizes(kind))
-    assert pair.find("some/model").name == "some--model"
+    assert registry.find("some/model").name == "some--model"
     assert fake_hub.fetched == ["some/model"]
 
 
@@ -459,18 +459,18 @@ def test_what_is_not_verified_is_not_fetched(fake_hub):
     odd = {**sizes("llama"), "hidden_act": "sparkle"}
     fake_hub.models["some/model"] = model_with(model_type="llama", **odd)
     with pytest.raises(InputError, match="hidden_act is sparkle"):
-        pair.find("some/model", unverified=True)
+        registry.find("some/model", unverified=True)
     fake_hub.models["some/model"] = model_with(model_type="nemotron")
     with pytest.raises(InputError, match="--unverified runs it"):
-        pair.find("some/model")
+        registry.find("some/model")
     assert fake_hub.fetched == []
-    assert pair.find("some/model", unverified=True).name == "some--model"
+    assert registry.find("some/model", unverified=True).name == "some--model"
 
 
 def test_a_t5_on_the_hub_is_to_be_converted(fake_hub):
     fake_hub.models["some/model"] = model_with(model_type="mt5")
     with pytest.raises(InputError, match=r"convert.py --model some/model"):
-        pair.find("some/model")
+        registry.find("some/model")
     assert fake_hub.fetched == []
 
 
@@ -479,7 +479,7 @@ def test_a_download_that_was_interrupted(fake_hub):
     fake_hub.models["some/model"] = OSError("no route")
     fake_hub.cached.add("some/model")
     with pytest.raises(InputError, match=r"cannot fetch some/model .* resumes"):
-        pair.find("some/model")
+        registry.find("some/model")
 
 
 def test_without_mlx_lm(fake_hub, monkeypatch):
@@ -490,8 +490,8 @@ def test_without_mlx_lm(fake_hub, monkeypatch):
         lambda name, *more: None if name == "mlx_lm" else find_spec(name, *more),
     )
     fake_hub.models["some/model"] = model_with(model_type="gpt2")
-    with pytest.raises(InputError, match=re.escape(causal_model.HINT)):
-        pair.find("some/model")
+    with pytest.raises(InputError, match=re.escape(causal.HINT)):
+        registry.find("some/model")
     assert fake_hub.fetched == []
 
 
@@ -499,7 +499,7 @@ def test_an_encoder_decoder_in_a_folder(tmp_path):
     config = {"model_type": "bart", "is_encoder_decoder": True}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=r"is an encoder-decoder .bart."):
-        pair.find(str(tmp_path))
+        registry.find(str(tmp_path))
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(InputError, match="cannot read"):
-        pair.find(str(tmp_path))
+        registry.find(str(tmp_path))

@@ -18,7 +18,7 @@ import main
 import model
 from checkpoints import converted
 from checkpoints.converted import WEIGHTS
-from console import prompts
+from console import choosing, prompts
 from decoder import Stats
 from pair import Pair
 from speculation.sampling import Sampling
@@ -247,7 +247,7 @@ def test_a_t5_that_is_not_converted(call, monkeypatch, name):
     def asked(*_):
         raise AssertionError
 
-    monkeypatch.setattr("pair.fetch_causal", asked)
+    monkeypatch.setattr("architectures.registry.fetch_causal", asked)
     one_line(call("--model", name, "--prompt", "a"), "convert it first", name)
 
 
@@ -351,7 +351,7 @@ def test_default_models(call, pair, monkeypatch, tmp_path):
     status, out, err = call()
     assert (status, out) == (0, "Die Kinder spielen im Garten.\n")
     assert err.startswith("using the bundled pair")
-    monkeypatch.setattr(main, "BUNDLED", (tmp_path, tmp_path))
+    monkeypatch.setattr(choosing, "BUNDLED", (tmp_path, tmp_path))
     status, _, err = call()
     assert status == 2
     assert "no model is converted yet" in err

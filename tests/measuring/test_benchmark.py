@@ -12,7 +12,7 @@ from itertools import pairwise
 import pytest
 import torch
 from conftest import VOCABULARY, save_checkpoint, tiny_tokenizer, tiny_torch
-from test_causal import tiny_causal
+from tiny_causal import tiny_causal
 from transformers import DynamicCache, EncoderDecoderCache
 
 import benchmark
