@@ -2,7 +2,7 @@
 #             (ARGS="--prompt ..." runs main.py with these flags instead)
 # make test   set up, and run the tests (ARGS="-k ..." goes to pytest)
 # make bench  set up, and measure the default models (ARGS goes to benchmark.py)
-# make lint   set up, and check format and style
+# make lint   set up, and check format, style, and that imports point down
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -29,6 +29,7 @@ bench: $(VENV)/dev
 lint: $(VENV)/dev
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
+	@$(BIN)/lint-imports --no-cache --no-timing > $(VENV)/imports || { cat $(VENV)/imports; exit 1; }
 
 # One file per set of requirements, newer than them once they are installed.
 $(VENV)/run: requirements.txt | $(BIN)/python

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from architectures import verified
+from architectures.parameters import parameter_count
 from checkpoints.config import Special, T5Config, find_size, with_text
 from checkpoints.converted import CONFIG, GENERATION_CONFIG
 from checkpoints.sources import Tensor
@@ -118,10 +119,10 @@ def open_session(
         InputError: as :func:`causal_model.load`, or it cannot emit them.
     """
     from architectures import causal_model
-    from architectures.causal_session import CausalSession
-    from architectures.parameters import parameter_count
 
     found = causal_model.load(folder, unverified)
+    from architectures.causal_session import CausalSession  # of mlx-lm's caches
+
     if vocabulary > found.rows:
         raise InputError(
             f"{folder / CONFIG} has a vocab_size that its weights have not: "

@@ -1,1 +1,9 @@
-"""."""
+"""How fast a pair is, and beside which others: what benchmark.py is made of.
+
+Nothing here is needed to answer a prompt.
+
+In the order to read them: ``variants`` (ways to answer a prompt), ``timing`` (their
+seconds, in turn), ``figures`` (speed-up and its interval, what theory expects),
+``table`` and ``plot``, ``prompts`` and ``machine`` (what is measured, on what),
+``baselines`` (other programs), ``simulation`` (a pair that exists only as shapes).
+"""

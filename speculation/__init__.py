@@ -1,1 +1,10 @@
-"""."""
+"""Speculative decoding itself: rules and small state, without a model or a file.
+
+p is the target, q the draft. Nothing here knows an architecture, a checkpoint or text;
+the loop that uses it is ``decoder.py``.
+
+In the order to read them: ``session`` (what the loop asks of a model), ``sampling``
+(from logits to the law of the next token), ``processors`` (rules that look at what came
+before), ``samplers`` (drawing, round after round), ``acceptance`` (which draft tokens
+stand), ``drafting`` (a model that proposes them), ``lookup`` (none that does).
+"""

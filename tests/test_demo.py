@@ -8,6 +8,8 @@ import pytest
 import benchmark
 import main
 from console import choosing, prompts
+from measuring import figures
+from measuring.prompts import read_prompts
 from pair import Pair
 
 EXAMPLES = Path(main.__file__).parent / "demo" / "examples.txt"
@@ -20,7 +22,7 @@ def bundled():
 
 def test_speculation_changes_nothing(bundled):
     """On sentences that the pair never saw; the draft is right more often than not."""
-    references = benchmark.read_prompts(benchmark.PROMPTS, None)
+    references = read_prompts(benchmark.PROMPTS, None)
     prompts = random.Random(0).sample(sorted(references), 40)
     drafted = [bundled.generate(prompt, max_tokens=32).finish() for prompt in prompts]
     plain = [
@@ -30,7 +32,7 @@ def test_speculation_changes_nothing(bundled):
     assert [each.tokens for each in drafted] == [each.tokens for each in plain]
     accepted = sum(each.stats.accepted for each in drafted)
     assert accepted / sum(each.stats.tested for each in drafted) > 0.7
-    bleu = benchmark.sacrebleu(
+    bleu = figures.sacrebleu(
         [each.text for each in plain], [references[prompt] for prompt in prompts]
     )
     assert bleu > 20

@@ -1,6 +1,6 @@
 """Tatoeba sentence pairs as training text: zip archives in, tab-separated files out.
 
-    python demo/tatoeba.py data/deu-eng.zip --max-words 8 --output data/german \\
+    python training/tatoeba.py data/deu-eng.zip --max-words 8 --output data/german \\
         --held-out data/dev.en.txt data/test.en.txt
 
 The archives are manythings.org's selection of tatoeba.org (CC BY 2.0): one pair a line,

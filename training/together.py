@@ -1,6 +1,6 @@
 """Train a target and its draft on together, so that they agree more often.
 
-    python demo/together.py pairs.tsv --target runs/target --draft runs/draft \\
+    python training/together.py pairs.tsv --target runs/target --draft runs/draft \\
         --output runs/pair --decoder-layers 20 --minutes 72
 
 Distillation alone moves the draft. Here the target learns the text's translations, and

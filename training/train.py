@@ -1,7 +1,7 @@
 """Train a small T5 from scratch, or distil a draft from any T5.
 
-    python demo/train.py pairs.tsv --output runs/target --minutes 75
-    python demo/train.py pairs.tsv --output runs/draft --teacher runs/target \\
+    python training/train.py pairs.tsv --output runs/target --minutes 75
+    python training/train.py pairs.tsv --output runs/draft --teacher runs/target \\
         --width 128 --decoder-layers 1 --minutes 25
 
 The file has one source and its target a line, separated by a tab. With ``--teacher``

@@ -17,9 +17,11 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 import benchmark
 import convert
-from benchmark import Answer, Cell, Cost, Variant
 from decoder import Stats
-from measuring import baselines
+from measuring import baselines, figures, timing, variants
+from measuring.prompts import read_prompts
+from measuring.timing import Cost
+from measuring.variants import Answer, Cell, Variant
 from pair import Pair
 
 PROMPTS = ["the cat on", "cat sat", "a b c", "the the", "on sat e"]
@@ -89,7 +91,7 @@ def test_their_model_is_ours(make, fields):
 def test_transformers_answers_as_generate_does(make):
     oracle, _, folder = make()
     pair = Pair.load(str(folder))
-    variant = benchmark.theirs(pair, baselines.transformers_generate(pair, 9))
+    variant = variants.theirs(pair, baselines.transformers_generate(pair, 9))
     ids = torch.tensor([pair.tokenizer.encode("the cat on")])
     expected = oracle.generate(
         ids,
@@ -199,11 +201,11 @@ def test_simulation(bench, tmp_path):
 
 def test_speedup_is_a_quotient_of_sums():
     base, other = answers([4.0, 2.0] * 3), answers([1.0, 2.0] * 3)
-    ratio, low, high = benchmark.speedup(base, other)
+    ratio, low, high = figures.speedup(base, other)
     assert ratio == 2.0
     assert 1.0 < low < 2.0 < high < 4.0
-    assert benchmark.speedup(base[:4], other[:4]) == (2.0, None, None)
-    same = benchmark.speedup(answers([3.0] * 50), answers([2.0] * 50))
+    assert figures.speedup(base[:4], other[:4]) == (2.0, None, None)
+    same = figures.speedup(answers([3.0] * 50), answers([2.0] * 50))
     assert same == (1.5, 1.5, 1.5)
 
 
@@ -213,21 +215,21 @@ def test_expected_speedup_is_the_papers():
     drafted = answers([0.5] * 4, rounds=1, tested=4, accepted=3)
     variant = Variant("num-draft 7", Cell(7), lambda prompt, number: drafted[0])
     cost = Cost(plain=1.0, verify=1.0, draft=0.14)
-    row = benchmark.summarise(variant, drafted, plain, [[]] * 4, cost)
+    row = figures.summarise(variant, drafted, plain, [[]] * 4, cost)
     assert row.alpha == 0.75
     assert row.tokens_per_round == 2
     expected = (1 - 0.75**8) / (0.25 * (7 * 0.02 + 1))
     assert row.expected == row.paper == pytest.approx(expected)
     slow = replace(cost, verify=2.0)
-    row = benchmark.summarise(variant, drafted, plain, [[]] * 4, slow)
+    row = figures.summarise(variant, drafted, plain, [[]] * 4, slow)
     assert row.expected == pytest.approx(row.paper * 1.14 / 2.14)
     ragged = replace(cost, always=False)
-    row = benchmark.summarise(variant, drafted, plain, [[]] * 4, ragged)
+    row = figures.summarise(variant, drafted, plain, [[]] * 4, ragged)
     assert row.alpha == 0.75
     assert row.expected is row.paper is None
     assert row.bleu is None
     sure = answers([0.5] * 4, rounds=1, tested=4, accepted=4)
-    row = benchmark.summarise(variant, sure, plain, [[]] * 4, cost)
+    row = figures.summarise(variant, sure, plain, [[]] * 4, cost)
     assert row.expected == pytest.approx(8 / 1.14)
 
 
@@ -247,7 +249,7 @@ def test_variants_take_turns():
     # The first of each is the warm-up.
     one = variant("a", [9, 1, 2, 9, 5, 5, 5])
     two = variant("b", [9, 7, 8, 7, 1, 3, 2])
-    result = benchmark.measure([one, two], ["x", "y"], repeats=3)
+    result = timing.measure([one, two], ["x", "y"], repeats=3)
     assert [[a.seconds for a in its] for its in result] == [[2, 5], [7, 2]]
     assert asked[:2] == ["a", "b"]
     turns = {"".join(asked[i : i + 2]) for i in range(2, 14, 2)}
@@ -255,7 +257,7 @@ def test_variants_take_turns():
 
 
 def test_first_answer_after_another_program_is_not_timed(monkeypatch):
-    monkeypatch.setattr(benchmark, "SPIN_SECONDS", 0)
+    monkeypatch.setattr(timing, "SPIN_SECONDS", 0)
     asked = []
 
     def variant(threads: str) -> Variant:
@@ -265,7 +267,7 @@ def test_first_answer_after_another_program_is_not_timed(monkeypatch):
 
         return Variant(threads, None, answer, threads=threads)
 
-    result = benchmark.measure([variant("a"), variant("b")], ["x"], repeats=8)
+    result = timing.measure([variant("a"), variant("b")], ["x"], repeats=8)
     turns = asked[2:]
     switches = sum(one != other for one, other in pairwise(asked[1:]))
     assert len(turns) == 16 + switches  # an answer more after each
@@ -285,10 +287,10 @@ def test_interrupted_run_keeps_what_it_has():
 
         return Variant("a", None, answer)
 
-    result = benchmark.measure([variant(9), variant(3)], ["x", "y", "z"], repeats=1)
+    result = timing.measure([variant(9), variant(3)], ["x", "y", "z"], repeats=1)
     assert [[a.text for a in its] for its in result] == [["x", "y"]] * 2
     with pytest.raises(KeyboardInterrupt):
-        benchmark.measure([variant(1)], ["x", "y"], repeats=1)
+        timing.measure([variant(1)], ["x", "y"], repeats=1)
 
 
 @pytest.mark.parametrize("module", ["fast_blas", "numpy", "sampling"])
@@ -308,19 +310,17 @@ def test_interrupted_start_is_quiet(module):
 def test_references_are_grouped_and_scored(tmp_path):
     path = tmp_path / "prompts.tsv"
     path.write_text("p\tthe cat sat on it\np\tit sat\nq\tall of us are here\n")
-    prompts = benchmark.read_prompts(path, None)
+    prompts = read_prompts(path, None)
     assert prompts == {
         "p": ["the cat sat on it", "it sat"],
         "q": ["all of us are here"],
     }
     references = list(prompts.values())
-    perfect = benchmark.sacrebleu(
-        ["the cat sat on it", "all of us are here"], references
-    )
+    perfect = figures.sacrebleu(["the cat sat on it", "all of us are here"], references)
     assert perfect == pytest.approx(100)
-    assert benchmark.sacrebleu(["no", "no"], references) < 5
-    assert benchmark.sacrebleu(["a", "b"], [["a"], []]) is None
-    assert benchmark.read_prompts(path, 1).keys() == {"p"}
+    assert figures.sacrebleu(["no", "no"], references) < 5
+    assert figures.sacrebleu(["a", "b"], [["a"], []]) is None
+    assert read_prompts(path, 1).keys() == {"p"}
     lines = tmp_path / "prompts.jsonl"
     objects = (
         '{"prompt": "p", "reference": "r"}',
@@ -329,7 +329,7 @@ def test_references_are_grouped_and_scored(tmp_path):
         '{"prompt": "q", "reference": null}',
     )
     lines.write_text("\n".join(objects), "utf-8-sig")
-    assert benchmark.read_prompts(lines, None) == {"p": ["r", "s", "t"], "q": []}
+    assert read_prompts(lines, None) == {"p": ["r", "s", "t"], "q": []}
 
 
 @pytest.mark.parametrize(
@@ -421,13 +421,13 @@ def test_step_costs_are_of_the_right_steps(make, monkeypatch):
     for temperature in (0.0, 1.0):
         fed.clear()
         cell = Cell(5, temperature=temperature)
-        cost = benchmark.step_cost(pair.target, pair.drafter, ids, cell)
-        prefix = benchmark.COST_PREFIX
+        cost = timing.step_cost(pair.target, pair.drafter, ids, cell)
+        prefix = timing.COST_PREFIX
         assert fed[0] == (0, prefix)
         assert set(fed[1::2]) == {(prefix, 1)}
         assert set(fed[2::2]) == {(prefix, 6)}
         pair.drafter.positions = len(ids) + prefix + 4
-        assert benchmark.step_cost(pair.target, pair.drafter, ids, cell) is None
+        assert timing.step_cost(pair.target, pair.drafter, ids, cell) is None
         pair.drafter.positions = None
     assert set(drafted) == {(prefix + 1, 5)}
     assert all(math.isfinite(x) and x > 0 for x in vars(cost).values())

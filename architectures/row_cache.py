@@ -1,0 +1,90 @@
+"""The cache of one layer of a decoder-only model, with a length for each row."""
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models.cache import KVCache, create_attention_mask
+
+ROOM = 256  # positions by which a cache grows
+
+
+class RowCache(KVCache):
+    """Keys and values of one layer, with a length of its own for each row.
+
+    It stands where mlx-lm's own stands: models ask it for ``offset``, for a mask, and
+    to take in new keys and values. Where all rows are equally long, as one alone is, it
+    answers as that does. What lies beyond a row's length is masked and later
+    overwritten, so a rewind only changes lengths.
+    """
+
+    def __init__(self, rows: int, positions: int | None):
+        """
+        Args:
+            rows: B.
+            positions: the most that a row may have; None for any number.
+        """
+        self.keys = self.values = None
+        # A finished row is fed on while others are not: not beyond the last position.
+        self._last = (positions or np.iinfo(np.int32).max) - 1
+        self.rewind([0] * rows)
+
+    def rewind(self, lengths: list[int]) -> None:
+        """Have ``lengths[b]`` positions of each row b count, and no others."""
+        self._set(np.array(lengths, np.int32))
+
+    def _set(self, lengths: np.ndarray) -> None:
+        self._lengths = lengths
+        self._together = bool((lengths == lengths[:1]).all())
+
+    def size(self) -> int:
+        """How many positions the longest row has."""
+        return int(self._lengths.max(initial=0))
+
+    @property
+    def offset(self) -> int | mx.array:
+        """Where the rows' next positions are: one number, or (B,) int32."""
+        if self._together:
+            return min(self.size(), self._last)
+        return mx.array(np.minimum(self._lengths, self._last))
+
+    def make_mask(
+        self, size: int, return_array: bool = False, window_size: int | None = None
+    ) -> mx.array | str | None:
+        """What each of ``size`` new positions may attend to: bool, (T, keys) or
+        (B, 1, T, keys); or "causal", or None for everything."""
+        if self._together:
+            return create_attention_mask(size, self.size(), return_array, window_size)
+        places = self._lengths[:, None] + np.arange(size)
+        keys = np.arange(places.max() + 1)
+        seen = keys <= places[..., None]
+        if window_size is not None:
+            seen &= keys > places[..., None] - window_size
+        return mx.array(seen[:, None])
+
+    def update_and_fetch(
+        self, keys: mx.array, values: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """Append keys and values (B, H, T, D); all of them, up to the longest row."""
+        size = keys.shape[2]
+        end = self.size() + size
+        self.keys = self._append(self.keys, keys, end)
+        self.values = self._append(self.values, values, end)
+        self._set(self._lengths + size)
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def _append(self, held: mx.array | None, new: mx.array, end: int) -> mx.array:
+        """``held`` with ``new`` (B, H, T, D) after each row's length.
+
+        It has ``end`` positions then at least, zeroed: masked NaN would spread.
+        """
+        batch, heads, size, head_size = new.shape
+        have = 0 if held is None else held.shape[2]
+        if end > have:
+            room = -(-end // ROOM) * ROOM - have
+            empty = mx.zeros((batch, heads, room, head_size), new.dtype)
+            held = empty if held is None else mx.concatenate([held, empty], axis=2)
+        if self._together:
+            held[:, :, end - size : end] = new
+            return held
+        places = self._lengths[:, None] + np.arange(size, dtype=np.int32)
+        at = mx.broadcast_to(mx.array(places[:, None, :, None]), new.shape)
+        return mx.put_along_axis(held, at, new, 2)

@@ -1,0 +1,43 @@
+"""The figures in lines, for a person."""
+
+from collections.abc import Iterator
+
+from measuring.figures import Row
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+COLUMNS = (
+    ("speed-up", 8, lambda r: f"{r.speedup:.2f}"),
+    ("95 %", 11, lambda r: "" if r.low is None else f"{r.low:.2f}-{r.high:.2f}"),
+    ("tokens/s", 8, lambda r: f"{r.tokens_per_second:.1f}"),
+    ("per pass", 8, lambda r: _shown(r.tokens_per_round, ".2f")),
+    ("alpha", 6, lambda r: _shown(r.alpha, ".3f")),
+    ("c", 5, lambda r: _shown(r.c, ".2f")),
+    ("v", 5, lambda r: _shown(r.v, ".2f")),
+    ("expected", 8, lambda r: _shown(r.expected, ".2f")),
+    ("paper", 5, lambda r: _shown(r.paper, ".2f")),
+    ("same text", 9, lambda r: _shown(r.equal, "d")),
+    ("BLEU", 5, lambda r: _shown(r.bleu, ".1f")),
+    ("MB", 6, lambda r: _shown(r.peak_memory and r.peak_memory / 1e6, ".0f")),
+)
+
+
+LEGEND = (
+    "speed-up: seconds per token against the target alone, in this loop; per pass: "
+    "tokens per pass of the target, the speed-up in passes; c, v: a draft token and "
+    "the verifying pass, in plain passes; expected: of decoding, by alpha, c and v; "
+    "paper: the same with v = 1"
+)
+
+
+def table(rows: list[Row]) -> Iterator[str]:
+    """The lines of the table, for a person, without columns that are empty."""
+    names = max(len(row.name) for row in rows)
+    columns = [column for column in COLUMNS if any(column[2](row) for row in rows)]
+    yield "  ".join([" " * names, *(title.rjust(width) for title, width, _ in columns)])
+    for row in rows:
+        cells = (show(row).rjust(width) for _, width, show in columns)
+        yield "  ".join([row.name.ljust(names), *cells]).rstrip()

@@ -1,0 +1,102 @@
+"""Ways to answer a prompt: this program in a cell of the sweep, and others."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from decoder import Stats
+from measuring import baselines
+from measuring.simulation import SimulatedPair
+from pair import Pair
+from speculation.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is swept: draft tokens per round, delta, temperature."""
+
+    num_draft: int
+    delta: float = 0.0
+    temperature: float = 0.0
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(temperature=self.temperature)
+
+    def __str__(self) -> str:
+        name = f"num-draft {self.num_draft}"
+        if self.temperature:
+            name += f", temperature {self.temperature:g}"
+        return name + (f", delta {self.delta:g}" if self.delta else "")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a variant made of a prompt: text, seconds with encoding, our figures."""
+
+    text: str
+    tokens: list[int]
+    seconds: float
+    stats: Stats | None = None
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to answer a prompt: ours in a cell, or another program's.
+
+    Attributes:
+        cell: ours; None for another program.
+        answer: of a prompt and its number.
+        temperature: at which it decodes.
+        threads: whose threads compute: "mlx" or another library's name.
+    """
+
+    name: str
+    cell: Cell | None
+    answer: Callable[[str, int], Answer]
+    temperature: float = 0.0
+    threads: str = "mlx"
+
+
+def ours(pair: Pair, cell: Cell, max_tokens: int) -> Variant:
+    """Decoding with this project's loop."""
+
+    def answer(prompt: str, number: int) -> Answer:
+        pair.forget()
+        began = time.perf_counter()
+        done = pair.generate(
+            prompt,
+            max_tokens=max_tokens,
+            num_draft=cell.num_draft,
+            delta=cell.delta,
+            sampling=cell.sampling,
+            stream=number,
+        ).finish()
+        return Answer(done.text, done.tokens, time.perf_counter() - began, done.stats)
+
+    return Variant(str(cell), cell, answer, cell.temperature)
+
+
+def theirs(pair: Pair, baseline: baselines.Baseline) -> Variant:
+    """Decoding with another program, on the same weights."""
+
+    def answer(prompt: str, number: int) -> Answer:
+        began = time.perf_counter()
+        tokens, passes = baseline.generate(pair.tokenizer.encode(prompt))
+        text = pair.tokenizer.decode(tokens)
+        seconds = time.perf_counter() - began
+        stats = passes and Stats(new_tokens=len(tokens), rounds=passes)
+        return Answer(text, tokens, seconds, stats)
+
+    return Variant(baseline.name, None, answer, baseline.temperature, baseline.threads)
+
+
+def simulated(pair: SimulatedPair, cell: Cell) -> Variant:
+    """Decoding with this project's loop what exists as shapes alone."""
+
+    def answer(prompt: str, number: int) -> Answer:
+        began = time.perf_counter()
+        tokens, stats = pair.generate(number, cell.num_draft)
+        return Answer("", tokens, time.perf_counter() - began, stats)
+
+    return Variant(f"{cell} (simulated)", cell, answer)
