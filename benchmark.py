@@ -46,6 +46,7 @@ from system.errors import InputError, Parser, run, say
 
 PROMPTS = Path(__file__).resolve().parent / "demo" / "test.tsv"
 MLX_LM = "mlx-lm"  # of the baselines the one that drafts and samples as well
+MOST_DRAFT = 10_000
 SIMULATED_PROMPTS, SIMULATED_TOKENS = FEWEST, 64
 TARGET_CONFIG, DRAFT_CONFIG = "t5-11b", "t5-small"
 
@@ -55,13 +56,15 @@ def sweep(text: str) -> list[int]:
     try:
         if ".." in text:
             first, last = map(int, text.split(".."))
-            values = list(range(first, last + 1))
+            values = list(range(first, min(last, MOST_DRAFT + 1) + 1))
         else:
             values = [int(part) for part in text.split(",")]
     except ValueError:
         values = []
     if not values or min(values) < 0:
         raise ArgumentTypeError(f"'{text}' is neither a range 0..8 nor a list 2,4,8")
+    if max(values) > MOST_DRAFT:
+        raise ArgumentTypeError(f"'{text}' goes beyond {MOST_DRAFT} draft tokens")
     return values
 
 
@@ -97,7 +100,9 @@ def writable(text: str) -> Path:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> Namespace:
-    parser = Parser(prog="benchmark.py", description=__doc__.split("\n\n")[0])
+    parser = Parser(
+        prog="benchmark.py", description=(__doc__ or "").partition("\n\n")[0]
+    )
     add = parser.add_argument
     add("--model", metavar="NAME", help="target (default: as in main.py)")
     add("--draft-model", metavar="NAME", help="draft (default: as in main.py)")

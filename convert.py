@@ -96,7 +96,7 @@ def convert(
 
 
 def parse_arguments(arguments: list[str] | None = None) -> Namespace:
-    parser = Parser(prog="convert.py", description=__doc__.split("\n\n")[0])
+    parser = Parser(prog="convert.py", description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument(
         "--model",
         metavar="NAME",

@@ -26,7 +26,7 @@ from speculation.drafting import Drafter, ModelDrafter
 from speculation.lookup import LookupDrafter
 from speculation.sampling import GREEDY, Sampling
 from speculation.session import Session
-from system.errors import InputError, PromptError
+from system.errors import InputError, PromptError, TooLongError
 from text.messages import last_text, read_prompt
 from text.tokenizer import TextStream, Tokenizer
 
@@ -269,6 +269,25 @@ class Pair:
     def _files(self) -> Files:
         return Files.read(self.folder)
 
+    def require_positions(
+        self, prompt: "str | list[dict[str, str]]", max_tokens: int
+    ) -> None:
+        """See to it that an answer may have so many tokens.
+
+        Raises:
+            TooLongError: the prompt leaves fewer positions.
+            PromptError: it cannot be read.
+        """
+        positions = self.target.positions
+        if positions is None or self.target.has_encoder:
+            return
+        length = len(self._encode(read_prompt(prompt)))
+        if length + max_tokens > positions:
+            raise TooLongError(
+                f"the prompt has {length} tokens, which leave {positions - length} for "
+                f"an answer of {max_tokens}: shorten it"
+            )
+
     def forget(self) -> None:
         """Drop what is cached: the next prompt is encoded whole.
 
@@ -312,14 +331,17 @@ class Pair:
             require_text(prompt, "the prompt")
             return self.tokenizer.encode(prompt)
         for message in prompt:
+            require_text(message["role"], "a message's role")
             require_text(message["content"], f"the {message['role']}'s message")
         return self.tokenizer.encode_chat(prompt)
 
 
 def require_text(text: str, what: str) -> None:
-    """Raise a PromptError for what stands for bytes that were no UTF-8."""
+    """Raise a PromptError for what is no text: bytes that were no UTF-8, or NULs."""
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise PromptError(f"{what} is not valid UTF-8 text")
+    if "\0" in text:
+        raise PromptError(f"{what} has NUL characters in it, as UTF-16 text has")
 
 
 def _by_row(commits: Iterator[Commit], count: int) -> list[Iterator[Commit]]:

@@ -4,8 +4,8 @@ What there is to know of one before it is loaded is here; :mod:`causal_model` lo
 for which mlx-lm has to be imported, and that takes a second.
 """
 
+import importlib.util
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def _require_architecture(kind: Any, where: str) -> None:
     Raises:
         InputError: it has not, or is missing.
     """
-    spec = find_spec("mlx_lm")
+    spec = importlib.util.find_spec("mlx_lm")
     if spec is None or not spec.submodule_search_locations:
         raise InputError(HINT)
     if not isinstance(kind, str) or not kind.isidentifier():
@@ -135,4 +135,5 @@ def open_session(
         tokenizer.gaps(vocabulary),
         found.positions,
         batches=found.verified,
+        heads=found.heads,
     )

@@ -40,6 +40,7 @@ class Causal:
     Attributes:
         model: ids (B, T) and caches -> logits (B, T, V).
         rows: V, how many ids it has logits for.
+        heads: of the queries; None where its config does not say.
         positions: how many it takes: those that it was trained with, and has an
             embedding for where they are not computed; None where nothing says.
         verified: whether its text is known to be transformers', in batches too.
@@ -47,6 +48,7 @@ class Causal:
 
     model: nn.Module
     rows: int
+    heads: int | None
     positions: int | None
     verified: bool
 
@@ -88,7 +90,8 @@ def load(folder: Path, unverified: bool = False) -> Causal:
     mx.eval(model.parameters())
     model.eval()
     positions = known.positions if known else _positions(config, model)
-    return Causal(model, _rows(model), positions, known is not None)
+    heads = find_size(config, "num_attention_heads", "n_head", "num_heads", "n_heads")
+    return Causal(model, _rows(model), heads, positions, known is not None)
 
 
 def refuse_code(config: dict[str, Any], folder: Path) -> None:

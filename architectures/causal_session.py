@@ -9,12 +9,16 @@ from collections.abc import Collection
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from architectures.row_cache import RowCache
+from architectures.row_cache import ROOM, RowCache
+from model import FUSED
 from speculation.processors import ban
 from speculation.session import check_prompts, check_rewind
+from system.device import on_cpu
 from system.errors import InputError, TooLongError
+from system.memory import require_room
 
 PREFILL = 2048  # prompt tokens that go through the model at a time
 
@@ -33,6 +37,7 @@ class CausalSession:
         banned: Collection[int] = (),
         positions: int | None = None,
         batches: bool = True,
+        heads: int | None = None,
     ):
         """
         Args:
@@ -41,6 +46,7 @@ class CausalSession:
             positions: the most that may be fed.
             batches: whether the model is known to be right about rows of different
                 lengths.
+            heads: of the queries; None where nobody knows.
 
         Raises:
             InputError: the model's caches cannot be rewound.
@@ -63,6 +69,12 @@ class CausalSession:
                     f"not go with speculative decoding"
                 )
         self._layers = len(caches)
+        self._begin(rows=1)
+        model(mx.array([[0]]), cache=self._caches)  # never computed: for shapes alone
+        self._heads, self._head_size = self._caches[0].keys.shape[1::2]
+        self._heads = heads or self._heads
+        self._dtype = self._caches[0].keys.dtype
+        self._position_bytes = sum(cache.nbytes // ROOM for cache in self._caches)
         self._begin(rows=1)
 
     def _begin(self, rows: int) -> None:
@@ -94,12 +106,17 @@ class CausalSession:
         else:
             self._begin(len(prompts))
         longest = max(map(len, prompts)) - 1
+        if longest > known:
+            size = self._prefill_bytes(len(prompts), known, longest)
+            require_room(longest + 1, size)
         tokens = np.zeros((len(prompts), longest), np.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt) - 1] = prompt[:-1]
         self.lengths = [known] * len(prompts)
         for place in range(known, longest, PREFILL):
-            mx.eval(self.extend(mx.array(tokens[:, place : place + PREFILL]))[:, -1:])
+            self.extend(mx.array(tokens[:, place : place + PREFILL]))
+            # Not the logits: a head over every position would take the most memory.
+            mx.eval([(cache.keys, cache.values) for cache in self._caches])
         self.rewind([len(prompt) - 1 for prompt in prompts])
         return [list(prompt) for prompt in prompts]
 
@@ -133,6 +150,23 @@ class CausalSession:
         """Drop the batch and its caches: nothing of it is kept for the next prompt."""
         self._begin(rows=0)
 
+    def _prefill_bytes(self, rows: int, known: int, length: int) -> int:
+        """What prefilling takes at once, of ``rows`` prompts up to this length.
+
+        As ``mx.get_peak_memory`` has it, from above: the caches, which are copied as
+        they grow, and for a chunk attention's squares and what a layer makes of it.
+        """
+        ends = [*range(known + PREFILL, length, PREFILL), length]
+        sizes = [min(PREFILL, end - known) for end in ends]
+        sizes[-1] = (length - known - 1) % PREFILL + 1
+        numbers = max(sizes) * _width(self.model)
+        squares = max(size * end for size, end in zip(sizes, ends, strict=True))
+        if on_cpu() or self._head_size not in FUSED:
+            numbers += self._heads * squares
+        room = -(-length // ROOM) * ROOM
+        caches = self._position_bytes * (room + room // self._layers)
+        return rows * (caches + numbers * self._dtype.size * 11 // 10 + squares)
+
     def _reuse(self, prompt: list[int]) -> int:
         """Keep of the cache what ``prompt`` begins with; how many positions that is."""
         if len(self.lengths) != 1:
@@ -149,3 +183,13 @@ class CausalSession:
         self.rewind([known])
         self._fed = [(0, mx.array([held[:known]], mx.int32))]
         return known
+
+
+def _width(model: nn.Module) -> int:
+    """How many numbers a layer makes of a token; of models that are built otherwise,
+    none are known."""
+    layers = getattr(model, "layers", None)
+    if not layers:
+        return 0
+    weights = [weight for _, weight in tree_flatten(layers[0].parameters())]
+    return 2 * sum(weight.shape[0] for weight in weights if weight.ndim > 1)

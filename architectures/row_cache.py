@@ -35,6 +35,11 @@ class RowCache(KVCache):
         self._lengths = lengths
         self._together = bool((lengths == lengths[:1]).all())
 
+    @property
+    def nbytes(self) -> int:
+        """Of keys and values, with the room there is."""
+        return 0 if self.keys is None else self.keys.nbytes + self.values.nbytes
+
     def size(self) -> int:
         """How many positions the longest row has."""
         return int(self._lengths.max(initial=0))

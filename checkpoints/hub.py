@@ -55,9 +55,10 @@ def fetch_config(name: str) -> Path:
         try:
             return Path(hf_hub_download(name, CONFIG, local_files_only=True))
         except Exception:
+            said = "cannot be reached" if _answered(error) is None else "refuses it"
             raise InputError(
                 f"no model '{name}': neither a folder nor in models/, and the hub "
-                f"cannot be reached ({_reason(error)})"
+                f"{said} ({_reason(error)})"
             ) from None
     if "adapter_config.json" in files:
         raise InputError(f"{name} {ADAPTER}")
@@ -114,14 +115,24 @@ def _cached(name: str, revision: str | None, error: Exception) -> Path:
             continue
         if is_file(folder / single) or is_file(folder / index):
             return folder
+    advice = (
+        "check the network and run this again (a download resumes where it stopped)"
+    )
+    if _answered(error) is not None:
+        advice = "log in (hf auth login), or try later"
     raise InputError(
-        f"cannot fetch {name} from the hub ({_reason(error)}): check the network and "
-        f"run this again (a download resumes where it stopped), or give a folder"
+        f"cannot fetch {name} from the hub ({_reason(error)}): {advice}, or give a "
+        f"folder"
     ) from None
 
 
 def _reason(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _answered(error: Exception) -> int | None:
+    """The status that the hub refused with; None where it has not said anything."""
+    return getattr(getattr(error, "response", None), "status_code", None)
 
 
 def needed(files: list[str]) -> list[str]:

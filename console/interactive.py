@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 
-from console.prompts import check_start, open_input
+from console.prompts import check_start, open_input, read_line
 from pair import Generation
 from system.errors import InputError, TooLongError, one_line, say
 from text.messages import Messages
@@ -44,8 +44,11 @@ class Conversation:
         self.messages.append({"role": "user", "content": prompt})
         self.messages.append({"role": "assistant", "content": answer})
 
-    def fit(self, respond: Callable[[Messages], None]) -> None:
+    def fit(self, respond: Callable[[Messages, bool], None]) -> None:
         """Call ``respond`` with the messages; while that is too much, with fewer.
+
+        It is told whether there is something left to drop: then the answer has to have
+        all the room that it may take.
 
         Raises:
             TooLongError: it is too much without all that may be dropped; nothing is.
@@ -54,16 +57,17 @@ class Conversation:
         while True:
             messages = self._system + self.messages[first + 2 * dropped :]
             turns = (len(messages) - first) // 2
+            droppable = self._keep is not None and turns > self._keep
             try:
-                respond(messages)
+                respond(messages, droppable)
             except TooLongError as error:
-                if self._keep is None or turns <= self._keep:
-                    if len(self.messages) == first:
-                        raise
-                    advice = "or begin another conversation with :new"
-                    raise TooLongError(f"{error}, {advice}") from None
-                dropped += 1
-                continue
+                if droppable:
+                    dropped += 1
+                    continue
+                if not turns:
+                    raise
+                advice = "or begin another conversation with :new"
+                raise TooLongError(f"{error}, {advice}") from None
             if dropped and not self._said:
                 self._said = True
                 say("the conversation is too long: its oldest turns are dropped")
@@ -72,7 +76,7 @@ class Conversation:
 
 
 def converse(
-    answer: Callable[[str, Messages], list[Generation]],
+    answer: Callable[[str, Messages, bool], list[Generation]],
     write: Callable[[list[Generation]], None],
     report: Callable[[list[Generation]], None],
     prefix: str,
@@ -83,7 +87,8 @@ def converse(
     """Read lines until the end of input and answer each.
 
     Args:
-        answer: begins the answers to a prompt, after the messages before it.
+        answer: begins the answers to a prompt, after the messages before it; and
+            whether there has to be room for as many tokens as they may have.
         write: streams them out.
         report: says their figures.
         prefix: put before each line, until ``:prefix`` sets another.
@@ -107,7 +112,10 @@ def converse(
     first = True
     while True:
         try:
-            line = input("> " if terminal else "")
+            line, fault = (input("> "), None) if terminal else read_line()
+            if not line and not terminal:
+                return
+            line = line.removesuffix("\n")
         except EOFError:
             if terminal:
                 print()
@@ -118,6 +126,9 @@ def converse(
         if first:
             check_start(line)
             first = False
+        if fault:
+            say(fault)
+            continue
         if not line.strip():
             continue
         if line.startswith(":"):
@@ -141,9 +152,9 @@ def converse(
             continue
         prompt = prefix + line
 
-        def respond(messages: Messages, prompt: str = prompt) -> None:
+        def respond(messages: Messages, roomy: bool, prompt: str = prompt) -> None:
             nonlocal last
-            current = answer(prompt, messages)
+            current = answer(prompt, messages, roomy)
             try:
                 write(current)
             except KeyboardInterrupt:

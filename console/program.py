@@ -13,7 +13,7 @@ from console.arguments import NAME, check_flags, parse_arguments
 from console.choosing import BUNDLED, choose_pair
 from console.comparing import compare, describe_machine
 from console.interactive import converse
-from console.prompts import EXAMPLE_TASK, read_prompts, read_system
+from console.prompts import EXAMPLE_TASK, read_prompts, read_system, require_answerable
 from console.rules import Rules, read_given, read_sampling
 from decoder import MAX_TOKENS, Stats, check_options
 from pair import Generation
@@ -54,10 +54,13 @@ def main() -> int:
         prompt: str,
         num_draft: int = arguments.num_draft,
         before: Sequence[dict[str, Any]] = system,
+        roomy: bool = False,
     ) -> list[Generation]:
         chat = [*before, {"role": "user", "content": prompt}]
         question = chat if arguments.chat else prompt
         sampling, most = rules.of(question)
+        if roomy:
+            pair.require_positions(question, most)
         return pair.samples(
             question,
             arguments.num_samples,
@@ -76,7 +79,9 @@ def main() -> int:
         bundled = pair.folder.resolve() == BUNDLED[0]
         number = count()  # asked again, a prompt has another answer
         converse(
-            lambda prompt, before: answer(next(number), prompt, before=before),
+            lambda prompt, before, roomy: answer(
+                next(number), prompt, before=before, roomy=roomy
+            ),
             write,
             figures,
             prefix=EXAMPLE_TASK if bundled else "",
@@ -86,11 +91,12 @@ def main() -> int:
         )
         return 0
     status = 0
-    for number, (line, prompt) in enumerate(read_prompts(arguments.prompt)):
+    for number, (line, prompt, fault) in enumerate(read_prompts(arguments.prompt)):
         if arguments.prompt in (None, "-") and sys.stderr.isatty():
             # Bytes that were not UTF-8 are shown escaped; the answer names them.
             say("> " + prompt.encode("utf-8", "backslashreplace").decode())
         try:
+            require_answerable(fault)
             answers = answer(number, prompt)
             write(answers)
         except PromptError as error:

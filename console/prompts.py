@@ -2,6 +2,8 @@
 
 import sys
 from collections.abc import Iterator
+from itertools import count
+from typing import NamedTuple
 
 from pair import Pair, require_text
 from system.errors import (
@@ -14,23 +16,70 @@ EXAMPLE_TASK = "translate English to German: "
 
 EXAMPLE = EXAMPLE_TASK + "The children are playing in the garden."
 
+#: Characters of a line; the longest prompts that models take have a million tokens.
+MOST_CHARACTERS = 10_000_000
 
-def read_prompts(prompt: str | None) -> Iterator[tuple[int | None, str]]:
-    """The prompts to answer, as they come in, each with the line that it is of standard
-    input.
+#: What UTF-8 may begin with: of a shell's "$(cat FILE)" it is left.
+MARK = "\ufeff"
+
+#: The marks that UTF-16 begins with, as bytes that are no UTF-8 are read.
+_UTF16 = ("\udcff\udcfe", "\udcfe\udcff")
+
+
+class Line(NamedTuple):
+    """A prompt as it came in.
+
+    Attributes:
+        number: of the line of standard input; None for a flag's.
+        fault: why it cannot be answered; None where nothing is known of that.
+    """
+
+    number: int | None
+    prompt: str
+    fault: str | None = None
+
+
+def read_prompts(prompt: str | None) -> Iterator[Line]:
+    """The prompts to answer, as they come in.
 
     Raises:
-        InputError: that begins as UTF-16 does.
+        InputError: standard input begins as UTF-16 does.
     """
     if prompt != "-":
-        yield None, EXAMPLE if prompt is None else prompt
+        yield Line(None, EXAMPLE if prompt is None else prompt.removeprefix(MARK))
         return
     open_input()
-    for number, line in enumerate(sys.stdin, 1):
+    for number in count(1):
+        line, fault = read_line()
+        if not line:
+            return
         if number == 1:
             check_start(line)
         if line.strip():
-            yield number, line.rstrip("\r\n")
+            yield Line(number, line.rstrip("\r\n"), fault)
+
+
+def require_answerable(fault: str | None) -> None:
+    """Raise a PromptError for a line that cannot be answered, for what :class:`Line`
+    says."""
+    if fault:
+        raise PromptError(fault)
+
+
+def read_line() -> tuple[str, str | None]:
+    """A line of standard input, with its end, and why it cannot be answered.
+
+    Of one that is too long, as an endless one is, the beginning. Nothing at the end.
+    """
+    line = sys.stdin.readline(MOST_CHARACTERS)
+    more = line
+    while more and not more.endswith("\n") and len(more) == MOST_CHARACTERS:
+        more = sys.stdin.readline(MOST_CHARACTERS)
+    fault = None
+    if more is not line:
+        line = line[:80]
+        fault = f"it has over {MOST_CHARACTERS:,} characters: shorten it"
+    return line, fault
 
 
 def read_system(pair: Pair, chat: bool, text: str | None) -> Messages:
@@ -50,10 +99,6 @@ def read_system(pair: Pair, chat: bool, text: str | None) -> Messages:
     except PromptError as error:
         raise InputError(f"--system does not go with this model: {error}") from None
     return system
-
-
-#: The marks that UTF-16 begins with, as bytes that are no UTF-8 are read.
-_UTF16 = ("\udcff\udcfe", "\udcfe\udcff")
 
 
 def open_input() -> None:

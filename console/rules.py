@@ -16,6 +16,9 @@ from system.errors import (
 )
 from text.messages import Messages
 
+#: Samples of a prompt, which are decoded at once.
+MOST_SAMPLES = 1000
+
 
 def read_given(arguments: Namespace) -> dict[str, Any]:
     """The options of how tokens are chosen that flags were given for."""
@@ -32,8 +35,10 @@ def read_sampling(options: Mapping[str, Any], num_samples: int) -> Sampling:
     Raises:
         InputError: an option is out of range, or they do not go together.
     """
-    if num_samples < 1:
-        raise InputError(f"num-samples is {num_samples}: it has to be at least 1")
+    if not 1 <= num_samples <= MOST_SAMPLES:
+        raise InputError(
+            f"num-samples is {num_samples}: it has to be from 1 to {MOST_SAMPLES}"
+        )
     sampling = Sampling(**{k: v for k, v in options.items() if k != "max_tokens"})
     if sampling.greedy and num_samples > 1:
         raise InputError(

@@ -28,7 +28,8 @@ from speculation.processors import (
 from system.errors import InputError
 
 # What float32 can multiply and divide by; beyond, nothing changes any more.
-_LEAST_TEMPERATURE, _MOST_TEMPERATURE = 1e-30, 1e30
+_LEAST, _MOST = 1e-30, 1e30
+_MOST_TOKENS = 2**31 - 1  # of int32
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,13 @@ class Sampling:
                 value = getattr(self, name.replace("-", "_"))
                 raise InputError(f"{name} is {value}: it has to be {range_}")
 
-        check("temperature", 0 <= self.temperature < math.inf, "at least 0")
+        check("temperature", 0 <= self.temperature < math.inf, "a number from 0 on")
         check("top-k", self.top_k >= 0, "at least 0 (0: all tokens)")
         check("top-p", 0 < self.top_p <= 1, "above 0 and at most 1")
         check("min-p", 0 <= self.min_p <= 1, "between 0 and 1")
         check("seed", self.seed >= 0, "at least 0")
-        check("repetition-penalty", 0 < self.repetition_penalty < math.inf, "above 0")
+        penalty = self.repetition_penalty
+        check("repetition-penalty", 0 < penalty < math.inf, "a number above 0")
         check("no-repeat-ngram-size", self.no_repeat_ngram_size >= 0, "at least 0")
         size = self.encoder_no_repeat_ngram_size
         check("encoder-no-repeat-ngram-size", size >= 0, "at least 0")
@@ -123,7 +125,8 @@ class Sampling:
             raise InputError(f"token {forced} is both forced and suppressed")
         chain: list[Processor] = []
         if self.repetition_penalty != 1:
-            chain.append(RepetitionPenalty(self.repetition_penalty))
+            penalty = min(max(self.repetition_penalty, _LEAST), _MOST)
+            chain.append(RepetitionPenalty(penalty))
         if self.no_repeat_ngram_size:
             chain.append(NoRepeatNgram(self.no_repeat_ngram_size))
         if self.encoder_no_repeat_ngram_size:
@@ -133,7 +136,8 @@ class Sampling:
             chain.append(BadWords(words, vocabulary))
         if self.min_new_tokens:
             ends = [token for token in eos_tokens if 0 <= token < vocabulary]
-            chain.append(MinNewTokens(self.min_new_tokens, ban(vocabulary, ends)))
+            least = min(self.min_new_tokens, _MOST_TOKENS)
+            chain.append(MinNewTokens(least, ban(vocabulary, ends)))
         if forced is not None:
             others = [token for token in range(vocabulary) if token != forced]
             chain.append(ForcedFirstToken(ban(vocabulary, others)))
@@ -150,8 +154,8 @@ class Sampling:
         # The largest becomes 0, so that no temperature overflows.
         logits = logits - logits.max(axis=-1, keepdims=True)
         if self.temperature != 1:
-            temperature = max(self.temperature, _LEAST_TEMPERATURE)
-            logits = logits * (1 / min(temperature, _MOST_TEMPERATURE))
+            temperature = max(self.temperature, _LEAST)
+            logits = logits * (1 / min(temperature, _MOST))
         largest = None  # the k largest, in any order
         if 0 < self.top_k < logits.shape[-1]:
             largest = mx.topk(logits, self.top_k, axis=-1)
@@ -165,7 +169,7 @@ class Sampling:
             few = probs if largest is None else mx.topk(probs, self.top_k, axis=-1)
             ascending = mx.sort(few, axis=-1)
             above = mx.cumsum(ascending, axis=-1, reverse=True, inclusive=False)
-            nucleus = mx.where(above < self.top_p, ascending, math.inf)
+            nucleus = mx.where(above < max(self.top_p, _LEAST), ascending, math.inf)
             least = mx.maximum(least, nucleus.min(axis=-1, keepdims=True))
         probs = mx.where(probs >= least, probs, 0)
         return probs / probs.sum(axis=-1, keepdims=True)

@@ -12,8 +12,8 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from types import FrameType
-from typing import NoReturn, TextIO
+from types import CodeType, FrameType
+from typing import Any, NoReturn, TextIO
 
 #: Characters of a message.
 LENGTH = 600
@@ -37,6 +37,13 @@ class TooLongError(PromptError):
 
 class Parser(argparse.ArgumentParser):
     """``argparse`` with its errors in one line: no usage dump."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        for given in sys.argv[1:] if args is None else args:
+            if given.startswith("--") and given.endswith("=--"):
+                # Python below 3.13 makes an empty list of it.
+                self.error(f"'--' is no value of {given.removesuffix('=--')}")
+        return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see {self.prog} --help)")
@@ -98,10 +105,12 @@ def run(main: Callable[[], int | None], name: str) -> int:
     status = 0
     interrupted = False
 
-    def interrupt(_: int, frame: FrameType | None) -> NoReturn:
+    def interrupt(_: int, frame: FrameType | None) -> None:
         nonlocal interrupted
         interrupted = True
-        if _importing(frame):
+        if not _has(frame, lambda code: code is _answer.__code__):
+            return  # it is over: a second Ctrl-C has nothing to interrupt
+        if _has(frame, lambda code: code.co_filename.startswith("<frozen importlib")):
             # Extensions abort when they are interrupted as they are made, and there
             # is nothing to clean up.
             os._exit(130)
@@ -111,11 +120,7 @@ def run(main: Callable[[], int | None], name: str) -> int:
     if before is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, interrupt)
     try:
-        try:
-            status = main() or 0
-        except _Done as done:
-            status = done.code
-        sys.stdout.flush()
+        status = _answer(main)
     except InputError as error:
         say(f"{name}: {one_line(str(error))}")
         status = 2
@@ -146,10 +151,20 @@ def run(main: Callable[[], int | None], name: str) -> int:
     return status
 
 
-def _importing(frame: FrameType | None) -> bool:
-    """Whether a module is being imported where ``frame`` is."""
+def _answer(main: Callable[[], int | None]) -> int:
+    """What ``main`` returns, once all that it printed is out."""
+    try:
+        status = main() or 0
+    except _Done as done:
+        status = done.code
+    sys.stdout.flush()
+    return status
+
+
+def _has(frame: FrameType | None, wanted: Callable[[CodeType], bool]) -> bool:
+    """Whether code that is wanted is being run by :func:`run` where ``frame`` is."""
     while frame is not None and frame.f_code is not run.__code__:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
+        if wanted(frame.f_code):
             return True
         frame = frame.f_back
     return False
@@ -163,7 +178,13 @@ def one_line(message: str) -> str:
     words = " ".join(message.split())
     if len(words) > LENGTH:
         words = f"{words[: LENGTH // 2]} ... {words[-LENGTH // 2 :]}"
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in words)
+    return "".join(c if c.isprintable() else f"\\x{_byte(c):02x}" for c in words)
+
+
+def _byte(character: str) -> int:
+    """A character's number; of one that stands for a byte, which is no text, that."""
+    number = ord(character)
+    return number - 0xDC00 if 0xDC80 <= number <= 0xDCFF else number
 
 
 def _drop_stdout() -> None:

@@ -183,10 +183,28 @@ hint = None if library or not wanted else _LATE if _late else _MISSING
 #: Whether its threads share what cores there are.
 shares_cores = library is not None and _use_tbb(library, _handle)
 
+_mapped = False  # whether its kernels are
+
 #: Below so many parameters a model's products are over before a second thread is up:
 #: measured on 2 cores, 6 million are 20 to 30 % faster with one, 60 million slower.
 #: Such models are slimmed as well (slim.py).
 SMALL = 20_000_000
+
+
+def bytes_to_map() -> int:
+    """What MKL takes more of the address space at the first product."""
+    return 0 if library is None or "mkl" not in library or _mapped else 400_000_000
+
+
+def map_kernels() -> None:
+    """Have MKL map what it computes with: where it cannot, it says so on stdout and
+    ends the process, so it is to happen while there is room."""
+    global _mapped
+    if bytes_to_map():
+        import mlx.core as mx
+
+        mx.eval(mx.ones((64, 64)) @ mx.ones((64, 64)))
+    _mapped = True
 
 
 def fit_threads(parameters: int) -> None:

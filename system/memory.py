@@ -13,6 +13,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from system import fast_blas
 from system.device import on_cpu
 from system.errors import InputError, TooLongError
 
@@ -60,6 +61,11 @@ def fits(size: int) -> bool:
     return size <= free()
 
 
+def in_words(size: int) -> str:
+    """``size`` bytes for a person."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+
+
 def require_room(tokens: int, size: int) -> None:
     """See to it that a prompt fits the memory, before it is computed.
 
@@ -73,8 +79,8 @@ def require_room(tokens: int, size: int) -> None:
     if size > SMALL and not fits(size):
         raise TooLongError(
             f"the prompt has {tokens:,} tokens, for which the model needs "
-            f"{size / 1e9:.1f} GB, and this machine has {free() / 1e9:.1f} GB left: "
-            f"shorten it"
+            f"{in_words(size)}, and this machine has {in_words(free())} left: shorten "
+            f"it"
         )
 
 
@@ -149,7 +155,7 @@ def prepare_memory(size: int, folder: Path) -> None:
     """
     if mx.metal.is_available():
         mx.set_wired_limit(total())
-    if not fits(size):
+    if not fits(size + fast_blas.bytes_to_map()):
         advice = "take a smaller model"
         if on_cpu():
             advice += ": a CPU computes in float32, whatever the weights are stored in"
@@ -159,6 +165,7 @@ def prepare_memory(size: int, folder: Path) -> None:
                 "stored in float32"
             )
         raise InputError(
-            f"{folder} needs {size / 1e9:.1f} GB for its weights, and this machine has "
-            f"{free() / 1e9:.1f} GB for them: {advice}"
+            f"{folder} needs {in_words(size)} for its weights, and this machine has "
+            f"{in_words(free())} for them: {advice}"
         )
+    fast_blas.map_kernels()

@@ -4,6 +4,8 @@ Ctrl-C from the first moment on: Python answers it with a traceback of whatever 
 being imported, and libraries turn it into errors of their own. Until errors.run takes
 over there is nothing to clean up: the program just ends, as an interrupted one.
 
+A current folder that has been deleted is said, as MKL would say something else.
+
 Streams that are closed (cron, ``>&-``) become the null device: else the next file that
 is opened takes their number, and gets what is meant for a person.
 
@@ -27,6 +29,14 @@ if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     # Registered first, called last: everything is out, and taking large libraries down
     # lasts a while, in which Python would have it kill the process.
     atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
+
+try:
+    os.getcwd()  # noqa: PTH109  (pathlib takes longer to import than all else here)
+except OSError:  # libraries end the process, with a reason that is none
+    line = f"{sys.argv[0].rpartition('/')[2]}: the current folder is gone: leave it\n"
+    if sys.stderr is not None:
+        sys.stderr.write(line)
+    os._exit(2)
 
 for number, name in enumerate(("stdin", "stdout", "stderr")):
     if getattr(sys, name) is None:

@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -14,16 +15,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from law import LENGTH, WAYS, Point, TinyPair, chi_square, distance, exact_law, sample
 from test_decoder import Scripted, check, decode
-from tiny_causal import tiny_causal
+from tiny_causal import POSITIONS, tiny_causal
 
-from architectures import causal, causal_model
+from architectures import causal, causal_model, causal_session
 from architectures.causal_session import CausalSession
 from pair import LOOKUP, Pair
 from speculation.drafting import ModelDrafter
 from speculation.lookup import LookupDrafter
 from speculation.samplers import BatchSampler
 from speculation.sampling import GREEDY
-from system.errors import InputError
+from system import memory
+from system.errors import InputError, TooLongError
 
 PROMPTS = [[10, 11, 12, 40], [*range(24, 32)], [31, 32]]
 
@@ -383,7 +385,7 @@ def test_ends(tmp_path):
     def ends(config, generation=None, tokenizer=None):
         (tmp_path / "config.json").write_text(json.dumps(config))
         (tmp_path / "generation_config.json").write_text(json.dumps(generation or {}))
-        return causal.eos_tokens(tmp_path, tokenizer)
+        return causal.eos_tokens(tmp_path, SimpleNamespace(end=tokenizer))
 
     assert ends({"eos_token_id": 5}, {"eos_token_id": [6, 7]}, 8) == {6, 7}
     assert ends({"eos_token_id": 5}, {"eos_token_id": None}, 8) == {5}
@@ -405,3 +407,37 @@ def test_end_of_the_tokenizer(saved, tmp_path):
         (tmp_path / name).write_text(json.dumps(values | {"eos_token_id": None}))
     pair = Pair.load(str(tmp_path))
     assert pair.eos_tokens == {tokenizer.eos_token_id}
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("rows, length", [(1, 250), (3, 200)])
+def test_what_prefilling_takes_is_known(saved, kind, rows, length, monkeypatch):
+    """Before it is tried: MLX does not survive a lack of memory."""
+    loaded = causal_model.load(saved(kind, layers=4)[1])
+    monkeypatch.setattr(causal_session, "PREFILL", 64)
+    model = CausalSession(
+        loaded.model, VOCABULARY, positions=POSITIONS, heads=loaded.heads
+    )
+    prompts = [[3 + (5 * i + row) % 90 for i in range(length)] for row in range(rows)]
+    model.forget()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    model.start(prompts)
+    taken = mx.get_peak_memory() - before
+    counted = model._prefill_bytes(rows, 0, length - 1)
+    assert 0.9 * taken < counted < 2 * taken
+
+    monkeypatch.setattr(memory, "SMALL", 0)
+    monkeypatch.setattr(memory, "free", lambda: counted - 1)
+    model.forget()
+    with pytest.raises(TooLongError, match=f"has {length} tokens, for which the model"):
+        model.start(prompts)
+    assert len(prompts) > 1 or model.start([prompts[0][:9]])  # goes on with the next
+
+
+def test_room_for_an_answer(saved):
+    pair = Pair.load(str(saved("gpt2")[1]))
+    length = len(pair.tokenizer.encode("the cat sat on the cat"))
+    pair.require_positions("the cat sat on the cat", POSITIONS - length)
+    with pytest.raises(TooLongError, match=f"leave {POSITIONS - length} for an answer"):
+        pair.require_positions("the cat sat on the cat", POSITIONS - length + 1)

@@ -20,7 +20,10 @@ import pytest
 import torch
 from causal_table import sizes
 from conftest import tiny_torch
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    RepositoryNotFoundError,
+)
 
 import convert
 from architectures import causal, registry
@@ -503,3 +506,19 @@ def test_an_encoder_decoder_in_a_folder(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(InputError, match="cannot read"):
         registry.find(str(tmp_path))
+
+
+@pytest.mark.parametrize("status", [401, 404, 500])
+def test_a_hub_that_refuses_is_reached(monkeypatch, status):
+    """A mirror, say, that answers nothing but a number."""
+    error = OSError("no")
+    error.response = SimpleNamespace(status_code=status)
+
+    def files(name, revision):
+        raise error
+
+    monkeypatch.setattr(on_hub, "_files", files)
+    with pytest.raises(InputError, match=r"the hub refuses it .no."):
+        on_hub.fetch_config("some/model")
+    with pytest.raises(InputError, match=r"cannot fetch .*: log in .*, or try later"):
+        on_hub.fetch("some/model")

@@ -88,7 +88,7 @@ def talk_to(monkeypatch, capsys):
     def run(*lines: str, limit: int = 1000, **options):
         asked = []
 
-        def answer(prompt, before):
+        def answer(prompt, before, roomy):
             return [SimpleNamespace(text=prompt.upper(), before=before, prompt=prompt)]
 
         def write(current):
@@ -330,3 +330,39 @@ def talk(terminal: Terminal) -> None:
             terminal.read()
     assert terminal.process.wait(timeout=HANG) == 0
     assert "Traceback" not in terminal.seen
+
+
+def test_dropping_turns_leaves_room_for_the_answer():
+    """All that may be dropped is, before an answer is cut short; then it is cut."""
+    asked = []
+
+    def respond(messages, roomy):
+        asked.append((len(messages) // 2, roomy))
+        if len(messages) > 4 or (roomy and len(messages) > 2):
+            raise TooLongError("too long")
+
+    for keep, expected in (
+        (0, [(3, True), (2, True), (1, True)]),
+        (2, [(3, True), (2, False)]),
+        (3, [(3, False)]),
+    ):
+        conversation = interactive.Conversation([], keep)
+        for turn in range(3):
+            conversation.add(f"q{turn}", f"a{turn}")
+        asked.clear()
+        if keep == 3:
+            with pytest.raises(TooLongError, match="with :new"):
+                conversation.fit(respond)
+        else:
+            conversation.fit(respond)
+        assert asked == expected
+
+
+def test_new_is_no_advice_for_a_line_that_is_too_long_alone():
+    def respond(messages, roomy):
+        raise TooLongError("too long")
+
+    conversation = interactive.Conversation([], 0)
+    conversation.add("q", "a")
+    with pytest.raises(TooLongError, match=r"^too long$"):
+        conversation.fit(respond)

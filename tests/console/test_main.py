@@ -598,3 +598,89 @@ def test_samples_in_any_order(pair):
     first, second = both.samples(" ", 2, **options)
     with pytest.raises(InputError, match="prompt is empty"):
         first.finish()
+
+
+def feed(monkeypatch, data):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+
+
+def test_a_line_that_never_ends(call, pair, monkeypatch):
+    """Named, and not kept; what comes after it is answered."""
+    monkeypatch.setattr(prompts, "MOST_CHARACTERS", 50)
+    feed(monkeypatch, b"cat\n" + b"x" * 170 + b"\ncat\n" + b"y" * 50)
+    status, out, err = call(
+        "--model", pair[0], "--prompt", "-", "--max-tokens", 3, "--draft-model", "none"
+    )
+    assert status == 2
+    assert len(out.splitlines()) == 2
+    said = [line for line in err.splitlines() if line.startswith("main.py")]
+    reason = "it has over 50 characters: shorten it"
+    assert said == [f"main.py: line {number}: {reason}" for number in (2, 4)]
+
+
+def test_a_line_of_just_the_most_characters(monkeypatch):
+    monkeypatch.setattr(prompts, "MOST_CHARACTERS", 5)
+    feed(monkeypatch, b"abcd\nabc\nabcde\nab")
+    monkeypatch.setattr(prompts, "open_input", lambda: None)
+    assert [line.fault is None for line in prompts.read_prompts("-")] == [
+        True,
+        True,
+        False,
+        True,
+    ]
+
+
+def test_utf_16_without_a_mark(call, pair, monkeypatch):
+    feed(monkeypatch, "cat\ncat\n".encode("utf-16-le"))
+    status, out, err = call("--model", pair[0], "--prompt", "-", "--max-tokens", 3)
+    assert (status, out) == (2, "")
+    assert "line 1: the prompt has NUL characters in it, as UTF-16 text has" in err
+
+
+def test_the_mark_of_a_file_on_the_command_line(call, pair):
+    """As of a shell's $(cat FILE)."""
+    options = ("--model", pair[0], "--max-tokens", 3, "--json")
+    _, out, _ = call(*options, "--prompt", "\ufeffcat")
+    assert json.loads(out)["prompt"] == "cat"
+
+
+@pytest.mark.parametrize(
+    "flags, reason",
+    [
+        (("--num-samples", 10**30, "--temperature", 1), "has to be from 1 to 1000"),
+        (("--num-samples", 1001, "--temperature", 1), "has to be from 1 to 1000"),
+        (("--model=--",), "'--' is no value of --model"),
+        (("--temperature", "inf"), "it has to be a number from 0 on"),
+    ],
+)
+def test_numbers_and_values_beyond_all_use(call, flags, reason):
+    status, out, err = call(*flags)
+    assert (status, out) == (2, "")
+    assert reason in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--min-new-tokens", 2**31),
+        ("--min-new-tokens", 10**30),
+        ("--temperature", 0.7, "--top-p", 1e-320),
+        ("--repetition-penalty", 1e-320),
+        ("--repetition-penalty", 1e300),
+    ],
+)
+def test_numbers_at_the_edge_do_what_they_say(call, pair, flags):
+    status, out, _ = call("--model", pair[0], "--prompt", "cat", *flags)
+    assert (status, out[-1:]) == (0, "\n")
+
+
+def test_without_docstrings():
+    """As python -OO has it."""
+    for program in ("main.py", "convert.py", "benchmark.py"):
+        done = subprocess.run(
+            [sys.executable, "-OO", Path(main.__file__).with_name(program), "--help"],
+            capture_output=True,
+            text=True,
+        )
+        assert (done.returncode, done.stderr) == (0, "")

@@ -293,7 +293,9 @@ def test_interrupted_run_keeps_what_it_has():
         timing.measure([variant(1)], ["x", "y"], repeats=1)
 
 
-@pytest.mark.parametrize("module", ["fast_blas", "numpy", "sampling"])
+@pytest.mark.parametrize(
+    "module", ["system.fast_blas", "numpy", "speculation.sampling"]
+)
 def test_interrupted_start_is_quiet(module):
     """Ctrl-C when a module has just been imported."""
     command = [sys.executable, "-X", "importtime", benchmark.__file__]
@@ -301,6 +303,8 @@ def test_interrupted_start_is_quiet(module):
     for line in process.stderr:
         if line.split()[-1] == module:
             break
+    else:
+        raise AssertionError(f"{module} was never imported")
     process.send_signal(signal.SIGINT)
     _, err = process.communicate()
     assert "Traceback" not in err

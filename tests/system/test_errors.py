@@ -1,8 +1,10 @@
 """errors.py: whatever happens ends in a status and at most one line."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -145,3 +147,86 @@ def test_ctrl_c_inside_an_import(tmp_path):
             text=True,
         )
         assert (result.returncode, result.stdout, result.stderr) == (130, out, "")
+
+
+@pytest.mark.parametrize("gap", [0, 0.002, 0.02, 0.2])
+def test_ctrl_c_twice(tmp_path, gap):
+    """The second has nothing to interrupt once the first is being dealt with."""
+    (tmp_path / "program.py").write_text(
+        "import system.startup, sys, time\n"
+        "from system.errors import run\n"
+        "def main():\n"
+        "    print('begun', flush=True)\n"
+        "    try:\n"
+        "        time.sleep(60)\n"
+        "    finally:\n"
+        "        print('cleaned up', flush=True)\n"
+        "sys.exit(run(main, 'program.py'))\n"
+    )
+    path = str(Path(errors.__file__).parents[1])
+    process = subprocess.Popen(
+        [sys.executable, str(tmp_path / "program.py")],
+        env=os.environ | {"PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "begun\n"
+    for _ in range(3):
+        process.send_signal(signal.SIGINT)
+        time.sleep(gap)
+    _, err = process.communicate()
+    assert (process.returncode, err) == (130, "")
+
+
+@pytest.mark.parametrize("where", ["outside", "inside"])
+def test_ctrl_c_when_main_is_over(where, capsys):
+    """While the error is said, say: it is not lost. Inside, it is an interruption."""
+
+    def main():
+        if where == "inside":
+            os.kill(os.getpid(), signal.SIGINT)
+        raise Interrupting
+
+    class Interrupting(errors.InputError):
+        def __str__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+            return "the reason"
+
+    status = errors.run(main, "x.py")
+    said = capsys.readouterr().err
+    assert (status, said) == {
+        "outside": (2, "x.py: the reason\n"),
+        "inside": (130, ""),
+    }[where]
+
+
+def test_the_current_folder_is_gone(tmp_path):
+    """MKL would say that its library cannot be loaded."""
+    (tmp_path / "gone").mkdir()
+    program = Path(errors.__file__).parents[1] / "convert.py"
+    code = (
+        "import os, sys; os.rmdir(os.getcwd());"
+        "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(program), "--list"],
+        cwd=tmp_path / "gone",
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr == "convert.py: the current folder is gone: leave it\n"
+
+
+def test_two_dashes_are_no_value():
+    parser = errors.Parser(prog="x.py")
+    parser.add_argument("--model")
+    assert parser.parse_args(["--model", "a"]).model == "a"
+    with pytest.raises(errors.InputError, match="'--' is no value of --model"):
+        parser.parse_args(["--model=--"])
+
+
+def test_bytes_that_are_no_text_are_shown_as_bytes():
+    shown = errors.one_line(b"a\xc3\xbc\x1b".decode("ascii", "surrogateescape"))
+    assert shown == "a\\xc3\\xbc\\x1b"
