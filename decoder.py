@@ -181,8 +181,8 @@ def generate(
             that are not finite.
     """
     check_options(max_tokens, num_draft, delta)
-    reach = (drafter and drafter.positions) or sys.maxsize
-    if num_draft == 0 or max(map(len, prompts)) >= reach:
+    draft_positions = (drafter and drafter.positions) or sys.maxsize
+    if num_draft == 0 or max(map(len, prompts)) >= draft_positions:
         drafter = None
     mx.reset_peak_memory()
     started = time.perf_counter()
@@ -203,41 +203,42 @@ def generate(
     # same text. Nothing is drafted for what comes after it.
     last = 1 if sampling.greedy and delta == 0 else 0
 
-    room = target.positions or sys.maxsize
-    reach = min(reach, room)
+    target_positions = target.positions or sys.maxsize
+    positions = min(target_positions, draft_positions)  # for a draft and its check
     rows = [
         _Row(
             row,
             sequence,
             eos_tokens,
-            min(max_tokens, room - len(sequence)),
+            min(max_tokens, target_positions - len(sequence)),
             encoded,
         )
         for row, sequence in enumerate(sequences)
     ]
-    if any(row.left < 1 for row in rows):
+    if any(row.budget < 1 for row in rows):
         raise InputError(
-            f"the prompt leaves no position for an answer: there are {room}"
+            f"the prompt leaves no position for an answer: there are {target_positions}"
         )
     for row in rows:
         row.stats.encode_seconds = encoded - started
     ahead: Round | None = None
     while active := [row for row in rows if not row.finished]:
-        left = max(row.left for row in active)
+        budget = max(row.budget for row in active)
         if ahead is not None:
             current = ahead
         else:
             # A row without room would be fed what it has no positions for.
             size = 0
             if drafter:
-                size = min(num_draft, left - last, reach - max(map(len, sequences)))
+                longest = max(map(len, sequences))
+                size = min(num_draft, budget - last, positions - longest)
             sampler = batch_sampler.round(sequences, max(size, 0))
             draft = None
             if size > 0:
                 draft = drafter.propose(sequences, size, sampler)
-                draft.counts = _counts(draft, [row.left - last for row in rows])
+                draft.counts = _counts(draft, [row.budget - last for row in rows])
             current = launch(target, sampler, draft, delta)
-        if drafter is None and left > 1:
+        if drafter is None and budget > 1:
             # All that the next plain round needs of this one is its token, which the
             # device has: build it while this one runs, and on a GPU queue it as well.
             # On a CPU, with no latency to hide, a last round in vain would cost more.
@@ -353,7 +354,13 @@ def _judge(
 
 
 class _Row:
-    """One prompt's committed tokens, and the only place that knows when it ends."""
+    """One prompt's committed tokens, and the only place that knows when it ends.
+
+    Attributes:
+        budget: tokens that it may still get.
+        finished: whether it gets no more.
+        stats: its figures so far.
+    """
 
     def __init__(
         self,
@@ -364,7 +371,7 @@ class _Row:
         started: float,
     ):
         self.index = index
-        self.left = max_tokens
+        self.budget = max_tokens
         self.finished = False
         self.stats = Stats()
         self._sequence = sequence
@@ -377,12 +384,12 @@ class _Row:
         The end is the first end-of-sequence, anywhere in the block, or the budget.
         """
         accepted, draft = outcome.accepted, outcome.draft
-        block = [*draft[:accepted], outcome.next_token][: self.left]
+        block = [*draft[:accepted], outcome.next_token][: self.budget]
         block = up_to_end(block, self._eos_tokens)
         self._sequence += block
-        self.left -= len(block)
+        self.budget -= len(block)
         ended = block[-1] in self._eos_tokens
-        reason = "eos" if ended else "length" if not self.left else None
+        reason = "eos" if ended else "length" if not self.budget else None
         self.finished = reason is not None
 
         taken = min(accepted, len(block))
