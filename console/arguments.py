@@ -103,7 +103,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
         type=int,
         metavar="N",
         help="with --chat --interactive: drop the oldest turns of a conversation that "
-        "has become too long, but not the last N",
+        "leaves no room for --max-tokens, but not the last N",
     )
     add(
         "--keep-special",

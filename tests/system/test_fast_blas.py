@@ -45,6 +45,16 @@ needs_mkl = pytest.mark.skipif(
 
 
 @needs_mkl
+@pytest.mark.parametrize(
+    "module", ["pair", "model", "decoder", "convert", "benchmark", "console.program"]
+)
+def test_what_a_program_imports_brings_it(module):
+    """Without a word about it: MKL computes, and there is nothing to hint at."""
+    first = f"import {module}\nfrom system import fast_blas as b; assert not b.hint"
+    assert threads_of(first)[0] == "True"
+
+
+@needs_mkl
 @pytest.mark.parametrize("first", ["", "import torch"])
 def test_mkl_takes_threads_that_wait_for_nobody(first):
     shares, *libraries = threads_of(first)
