@@ -7,10 +7,10 @@
 
 Every variant answers every prompt, one after the other and in an order that is drawn
 for each, so that a machine that slows down slows all of them. A prompt's seconds,
-encoding included, are the median of its repeats. A speed-up is the quotient of two
-sums over all prompts of seconds per token, with a 95 % bootstrap interval over prompts:
-per token, since texts that are sampled, or relaxed by delta, differ in length. It is
-over the target alone in the same loop, at the same temperature.
+encoding included, are the median of its repeats. A speed-up is the quotient of seconds
+per token, those of all prompts over their tokens, with a 95 % bootstrap interval over
+prompts: per token, since texts that are sampled, or relaxed by delta, differ in length.
+It is over the target alone in the same loop, at the same temperature.
 
 With translations to compare with in the file (a tab after the prompt, then one), there
 is a column of sacreBLEU: a prompt's lines together are its references.
@@ -124,7 +124,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
         type=positive,
         metavar="N",
         help=f"tokens per answer (default: {MAX_TOKENS}; simulated: "
-        f"{SIMULATED_TOKENS}, and never fewer)",
+        f"{SIMULATED_TOKENS}, and every answer has so many)",
     )
     add("--repeats", type=positive, default=1, metavar="N", help="timings per prompt")
     add(
@@ -148,6 +148,12 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
     add("--target-config", metavar="NAME", help=shape % TARGET_CONFIG)
     add("--draft-config", metavar="NAME", help=shape % DRAFT_CONFIG)
     args = parser.parse_args(arguments)
+    named = args.model or args.draft_model or args.unverified or args.prompts != PROMPTS
+    if args.simulate_alpha is not None and named:
+        raise InputError(
+            "--simulate-alpha is for shapes without weights: it goes with none of "
+            "--model, --draft-model, --unverified and --prompts"
+        )
     if args.simulate_alpha is None and (args.target_config or args.draft_config):
         raise InputError(
             "--target-config and --draft-config are for a simulation: give "

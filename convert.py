@@ -154,15 +154,17 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
     if not chosen.model and not chosen.list:
         parser.error("--model is missing: which checkpoint is to be converted?")
     if not chosen.quantize and (
-        chosen.q_mode or chosen.q_bits or chosen.q_group_size is not None
+        chosen.q_mode or (chosen.q_bits, chosen.q_group_size) != (None, None)
     ):
         parser.error("--q-mode, --q-bits and --q-group-size go with -q")
     return chosen
 
 
 def list_models(models: Path) -> Iterator[str]:
-    """A line for each converted model in ``models``: name, parameters, size, dtypes."""
+    """A line for each converted model in ``models``: name, parameters, size, dtypes.
 
+    What a conversion that was killed has left is cleared away.
+    """
     for killed in models.glob(".*.replaced"):
         recover(models / killed.name[1:].removesuffix(".replaced"))
     for path in sorted(models.glob(f"[!.]*/{WEIGHTS}")):
@@ -207,7 +209,7 @@ def main() -> None:
         quantization = Quantization.choose(
             arguments.q_mode or "affine", arguments.q_bits, arguments.q_group_size
         )
-    source = fetch(arguments.model, arguments.revision)
+    source = fetch(arguments.model, arguments.revision, registry.require_convertible)
     # The hub's cache names folders by commit; a local one may be '.'.
     local = Path(arguments.model)
     name = local.resolve().name if local.is_dir() else local.name

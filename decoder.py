@@ -82,24 +82,29 @@ class Stats:
         return self.new_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
     @classmethod
-    def of_batch(cls, rows: "list[Stats]") -> "Stats":
-        """The figures of rows that were decoded together, as one."""
+    def of_batch(cls, rows: "list[Stats]", together: bool = True) -> "Stats":
+        """The figures of rows as one.
+
+        Args:
+            together: whether they were decoded at once, or one after another.
+        """
+        all_of = max if together else sum
         histograms = [row.accept_histogram for row in rows]
         return cls(
             new_tokens=sum(row.new_tokens for row in rows),
-            rounds=max(row.rounds for row in rows),
+            rounds=all_of(row.rounds for row in rows),
             drafted=sum(row.drafted for row in rows),
             tested=sum(row.tested for row in rows),
             accepted=sum(row.accepted for row in rows),
             # A row that was never begun has none.
             accept_histogram=list(map(sum, zip_longest(*histograms, fillvalue=0))),
-            encode_seconds=max(row.encode_seconds for row in rows),
-            decode_seconds=max(row.decode_seconds for row in rows),
+            encode_seconds=all_of(row.encode_seconds for row in rows),
+            decode_seconds=all_of(row.decode_seconds for row in rows),
             peak_memory_bytes=max(row.peak_memory_bytes for row in rows),
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Every figure by name, as ``main.py --json`` prints them."""
+        """The figures by the names that ``main.py --json`` has for them."""
         return {
             "new_tokens": self.new_tokens,
             "rounds": self.rounds,

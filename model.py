@@ -4,7 +4,8 @@ The architecture is that of Raffel et al., "Exploring the Limits of Transfer Lea
 with a Unified Text-to-Text Transformer" (arXiv 1910.10683), and of T5 1.1; the
 reference behaviour is that of Hugging Face transformers. Its particulars: RMS norms
 before every block, attention without a scale, and a position bias added to the
-attention logits that depends on the distance alone and is shared by a stack's layers.
+attention logits that depends on the distance alone; a stack's layers share one, but
+umT5's have one each (Chung et al., arXiv 2304.09151).
 
 Shapes: B = batch, T = new decoder positions, S = source length, C = cache capacity,
 H = heads, D = head size, V = vocabulary.
@@ -25,11 +26,8 @@ import numpy as np
 from checkpoints.config import T5Config
 from speculation.processors import ban
 from speculation.session import check_prompts, check_rewind
-from system.device import compute_early, on_cpu, on_gpu
+from system.device import FUSED, compute_early, on_cpu, on_gpu
 from system.memory import require_room
-
-#: Head sizes for which a GPU's attention is one kernel, which stores no squares.
-FUSED = (64, 80, 128)
 
 #: Decoder layers that a CPU begins with at once: fewer take longer to hand over.
 LAYERS_AT_ONCE = 2
@@ -91,7 +89,7 @@ def position_buckets(
 
 
 class Norm(nn.RMSNorm):
-    """RMS norm whose result has the dtype of the weights, of the matrices that is.
+    """RMS norm whose result has the dtype of its weight, which is the matrices' too.
 
     The stream it reads is wider where that is float16: see :class:`T5`.
     """
@@ -101,7 +99,7 @@ class Norm(nn.RMSNorm):
 
 
 class PositionBias(nn.Module):
-    """The relative position bias of one stack: a learned value per head and bucket.
+    """A relative position bias, a stack's or a layer's: a value per head and bucket.
 
     A plain weight rather than an ``nn.Embedding``: quantizing a model leaves it alone.
     """

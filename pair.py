@@ -228,7 +228,8 @@ class Pair:
         """
         prompt = read_prompt(prompt)
         commits = self._commits(
-            [prompt] * count,
+            prompt,
+            count,
             max_tokens=max_tokens,
             num_draft=num_draft,
             delta=delta,
@@ -304,13 +305,13 @@ class Pair:
         return self.tokenizer.decode_with_special(shown)
 
     def _commits(
-        self, prompts: "list[str | list[dict[str, str]]]", **options: Any
+        self, prompt: "str | list[dict[str, str]]", count: int, **options: Any
     ) -> Iterator[Commit]:
-        encoded = [self._encode(prompt) for prompt in prompts]
+        encoded = [self._encode(prompt)] * count
         mine = self._latest = object()
-        together = self.batches or len(encoded) == 1
+        together = self.batches or count == 1
         streams = options.pop("streams")
-        for first in [0] if together else range(len(encoded)):
+        for first in [0] if together else range(count):
             end = None if together else first + 1
             for commit in generate(
                 self.target,

@@ -86,7 +86,8 @@ def load(folder: Path, unverified: bool = False) -> Causal:
     if known is not None:
         mend(model, known)
     weights = tree_flatten(model.parameters())
-    prepare_memory(sum(weight.nbytes for _, weight in weights), folder)
+    size = sum(weight.nbytes for _, weight in weights)
+    prepare_memory(size, folder, "one that mlx-lm quantized (mlx-community)")
     mx.eval(model.parameters())
     model.eval()
     positions = known.positions if known else _positions(config, model)

@@ -13,10 +13,9 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from architectures.row_cache import ROOM, RowCache
-from model import FUSED
 from speculation.processors import ban
 from speculation.session import check_prompts, check_rewind
-from system.device import on_cpu
+from system.device import FUSED, on_cpu
 from system.errors import InputError, TooLongError
 from system.memory import require_room
 
@@ -44,8 +43,7 @@ class CausalSession:
             vocabulary: how many ids may be emitted: logits are cut to it.
             banned: ids below it that stand for nothing: their logits are -inf.
             positions: the most that may be fed.
-            batches: whether the model is known to be right about rows of different
-                lengths.
+            batches: of :class:`speculation.session.Session`.
             heads: of the queries; None where nobody knows.
 
         Raises:
@@ -91,7 +89,9 @@ class CausalSession:
             The prompts: decoding goes on from their last tokens.
 
         Raises:
-            InputError: an empty prompt, or one that leaves no position to write to.
+            PromptError: an empty prompt.
+            TooLongError: one that leaves no position to write to, or for which the
+                memory does not do.
         """
         check_prompts(prompts, self.vocabulary)
         for prompt in prompts:
@@ -156,11 +156,10 @@ class CausalSession:
         As ``mx.get_peak_memory`` has it, from above: the caches, which are copied as
         they grow, and for a chunk attention's squares and what a layer makes of it.
         """
-        ends = [*range(known + PREFILL, length, PREFILL), length]
-        sizes = [min(PREFILL, end - known) for end in ends]
-        sizes[-1] = (length - known - 1) % PREFILL + 1
-        numbers = max(sizes) * _width(self.model)
-        squares = max(size * end for size, end in zip(sizes, ends, strict=True))
+        starts = range(known, length, PREFILL)
+        chunks = [(start, min(start + PREFILL, length)) for start in starts]
+        numbers = min(PREFILL, length - known) * _width(self.model)
+        squares = max((end - start) * end for start, end in chunks)
         if on_cpu() or self._head_size not in FUSED:
             numbers += self._heads * squares
         room = -(-length // ROOM) * ROOM

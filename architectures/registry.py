@@ -1,6 +1,8 @@
 """Which architecture a model is of, and where it lies: the one place that decides.
 
 Another architecture is a module with these functions, and its names in ``BY_TYPE``.
+What is not named there is decoder-only, mlx-lm's or nobody's, and the one kind that is
+run as it is found; all others are converted first.
 """
 
 import re
@@ -26,6 +28,10 @@ class Architecture(Protocol):
     @staticmethod
     def require(config: Mapping[str, Any], name: str, unverified: bool) -> None:
         """Raise an InputError for what cannot be run, before it is fetched."""
+
+    @staticmethod
+    def require_convertible(config: Mapping[str, Any]) -> None:
+        """Raise an InputError for what convert.py has no use for."""
 
     @staticmethod
     def plan(source: Path, tensors: dict[str, Tensor]) -> tuple[Steps, list[str]]:
@@ -63,6 +69,11 @@ def of_config(config: Mapping[str, Any]) -> Architecture:
 def of_folder(folder: Path) -> Architecture:
     """The architecture of the model in a folder."""
     return of_config(read_json(folder / CONFIG))
+
+
+def require_convertible(config: Mapping[str, Any]) -> None:
+    """Raise an InputError for a config of what convert.py has no use for."""
+    of_config(config).require_convertible(config)
 
 
 def find(name: str, unverified: bool = False) -> Path:

@@ -51,6 +51,13 @@ class RowCache(KVCache):
             return min(self.size(), self._last)
         return mx.array(np.minimum(self._lengths, self._last))
 
+    def trim(self, count: int) -> int:
+        """Forget the last ``count`` positions of each row, or what there is; how many
+        that was of the longest."""
+        before = self.size()
+        self._set(np.maximum(self._lengths - count, 0))
+        return before - self.size()
+
     def make_mask(
         self, size: int, return_array: bool = False, window_size: int | None = None
     ) -> mx.array | str | None:

@@ -98,6 +98,10 @@ def require(config: Mapping[str, Any], name: str, unverified: bool) -> None:
     """A T5 is converted before it is run: whatever it lacks is said then."""
 
 
+def require_convertible(config: Mapping[str, Any]) -> None:
+    """A T5 is; what its checkpoint lacks is said by :func:`plan`."""
+
+
 def plan(source: Path, tensors: dict[str, Tensor]) -> tuple[Steps, list[str]]:
     """The source tensors of each of ours, and what is odd about them, in lines.
 

@@ -87,7 +87,6 @@ def plan(config: Any, tensors: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
         InputError: a tensor is missing, or has another shape than the config says; or
             they are no T5 that writes text.
     """
-
     _require_t5(tensors)
     sizes = [tensor.bits.nbytes for tensor in tensors.values()]
     config.require(sum(map(bool, sizes)), sum(sizes))

@@ -163,16 +163,7 @@ class T5Config:
         Raises:
             InputError: another architecture, or a field that is missing or odd.
         """
-        kind = config.get("model_type")
-        if kind is None:
-            raise InputError(
-                'the config has no model_type: of a T5 it says "t5", "mt5" or "umt5"'
-            )
-        if not isinstance(kind, str) or kind not in FAMILY:
-            raise InputError(
-                f"model_type '{kind}' is another architecture: of encoder-decoders "
-                f"{', '.join(FAMILY)} are supported"
-            )
+        kind = require_family(config)
         names = {ours: theirs for theirs, ours in _ALIASES.items() if theirs in config}
         aliased = {ours: config[theirs] for ours, theirs in names.items()}
         fields = typed({**aliased, **config}, _Fields, "the config")
@@ -266,6 +257,25 @@ def with_text(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """A config, and its part about the text model if it has one."""
     inner = config.get("text_config")
     return [config, inner] if isinstance(inner, dict) else [config]
+
+
+def require_family(config: Mapping[str, Any]) -> str:
+    """The model_type of a config of the T5 family.
+
+    Raises:
+        InputError: it is of another.
+    """
+    kind = config.get("model_type")
+    if kind is None:
+        raise InputError(
+            'the config has no model_type: of a T5 it says "t5", "mt5" or "umt5"'
+        )
+    if not isinstance(kind, str) or kind not in FAMILY:
+        raise InputError(
+            f"model_type '{kind}' is another architecture: of encoder-decoders "
+            f"{', '.join(FAMILY)} are supported"
+        )
+    return kind
 
 
 def find_size(config: Mapping[str, Any], *names: str) -> int | None:

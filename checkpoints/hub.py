@@ -1,19 +1,28 @@
 """Models on the Hugging Face hub: fetched into its cache, with what is needed alone."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from checkpoints.converted import CONFIG
 from checkpoints.sources import ADAPTER, COMPANIONS, SAFETENSORS, TORCH
 from system.errors import InputError
-from system.files import is_file
+from system.files import is_file, read_json
 
 
-def fetch(name: str, revision: str | None = None) -> Path:
+def fetch(
+    name: str,
+    revision: str | None = None,
+    check: Callable[[dict[str, Any]], None] | None = None,
+) -> Path:
     """The folder of a checkpoint: ``name`` itself, or the hub's model of that name.
 
     From the hub come the files that are needed and not in its cache yet.
+
+    Args:
+        check: raises an InputError for a config that is of no use, before any weights
+            are fetched.
 
     Raises:
         InputError: neither a folder nor a model on the hub, no access, no network.
@@ -22,11 +31,13 @@ def fetch(name: str, revision: str | None = None) -> Path:
         if revision is not None:
             raise InputError(f"{name} is a folder: --revision is for models on the hub")
         return Path(name)
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import hf_hub_download, snapshot_download
 
     try:
         with _refusals_explained(name, revision):
             files = _files(name, revision)
+            if check and CONFIG in files:
+                check(read_json(Path(hf_hub_download(name, CONFIG, revision=revision))))
             return Path(
                 snapshot_download(name, revision=revision, allow_patterns=needed(files))
             )

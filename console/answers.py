@@ -8,11 +8,7 @@ from argparse import Namespace
 
 from decoder import Stats
 from pair import Generation, require_text
-from system.errors import (
-    InputError,
-    blame_prompt,
-    say,
-)
+from system.errors import InputError, blame_prompt, say
 
 _DRAFTED, _RESET = "\x1b[32m", "\x1b[0m"  # green
 

@@ -2,22 +2,15 @@
 
 from argparse import Namespace
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from console.choosing import NO_DRAFT
 from decoder import DELTA, MAX_TOKENS, NUM_DRAFT
 from pair import LOOKUP
 from speculation.sampling import GREEDY
-from system.errors import (
-    InputError,
-    Parser,
-)
-
-if TYPE_CHECKING:
-    pass
-from console.choosing import NO_DRAFT
+from system.errors import InputError, Parser
 
 NAME = "main.py"
-
 DESCRIPTION = "Generate text with T5, several tokens per pass of the large model."
 
 

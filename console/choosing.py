@@ -8,10 +8,7 @@ from architectures.registry import find
 from checkpoints import converted
 from checkpoints.converted import WEIGHTS
 from pair import LOOKUP, DifferentTokenizersError, Pair
-from system.errors import (
-    InputError,
-    say,
-)
+from system.errors import InputError, say
 
 DEFAULT_DRAFT = "t5-small"
 

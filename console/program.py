@@ -18,11 +18,7 @@ from console.rules import Rules, read_given, read_sampling
 from decoder import MAX_TOKENS, Stats, check_options
 from pair import Generation
 from system import fast_blas
-from system.errors import (
-    PromptError,
-    one_line,
-    say,
-)
+from system.errors import PromptError, one_line, say
 
 
 def main() -> int:
@@ -73,7 +69,8 @@ def main() -> int:
         )
 
     def figures(answers: list[Generation]) -> None:
-        report(Stats.of_batch([one.stats for one in answers]), arguments.verbose)
+        stats = [one.stats for one in answers]
+        report(Stats.of_batch(stats, pair.batches), arguments.verbose)
 
     if arguments.interactive:
         bundled = pair.folder.resolve() == BUNDLED[0]

@@ -6,10 +6,7 @@ from itertools import count
 from typing import NamedTuple
 
 from pair import Pair, require_text
-from system.errors import (
-    InputError,
-    PromptError,
-)
+from system.errors import InputError, PromptError
 from text.messages import Messages
 
 EXAMPLE_TASK = "translate English to German: "

@@ -9,11 +9,7 @@ from checkpoints.defaults import DefaultsError
 from decoder import MAX_TOKENS
 from pair import Pair, require_text
 from speculation.sampling import Sampling
-from system.errors import (
-    InputError,
-    one_line,
-    say,
-)
+from system.errors import InputError, one_line, say
 from text.messages import Messages
 
 #: Samples of a prompt, which are decoded at once.

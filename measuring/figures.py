@@ -12,8 +12,6 @@ from speculation.session import Session
 from system.errors import InputError
 
 RESAMPLES = 2000  # of the bootstrap
-
-
 FEWEST = 6  # prompts from which an interval says something
 
 
@@ -56,7 +54,7 @@ class Row:
 
 
 def speedup(
-    base: list[Answer], other: list[Answer], seed: int = 0
+    base: list[Answer], other: list[Answer]
 ) -> tuple[float, float | None, float | None]:
     """Seconds per token of ``base`` over those of ``other``: ratio, 95 % interval.
 
@@ -74,7 +72,7 @@ def speedup(
 
     if len(each) < FEWEST:
         return float(ratio(each.sum(axis=0))), None, None
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     drawn = each[rng.integers(0, len(each), (RESAMPLES, len(each)))].sum(axis=1)
     low, high = np.percentile(ratio(drawn), [2.5, 97.5])
     return float(ratio(each.sum(axis=0))), float(low), float(high)
@@ -131,12 +129,15 @@ def summarise(
         / sum(each.rounds for each in stats),
         peak_memory=max(each.peak_memory_bytes for each in stats) or None,
     )
-    if cost is None or not tested:
+    if not tested:
         return row
     alpha = sum(each.accepted for each in stats) / tested
+    row = replace(row, alpha=alpha)
+    if cost is None:
+        return row
     k = cell.num_draft
     c, v = cost.draft / k / cost.plain, cost.verify / cost.plain
-    row = replace(row, alpha=alpha, c=c, v=v)
+    row = replace(row, c=c, v=v)
     if not cost.always:
         return row
     tokens = k + 1 if alpha == 1 else (1 - alpha ** (k + 1)) / (1 - alpha)

@@ -165,6 +165,7 @@ class _Told:
     """Chooses the tokens that it is told to, when the draft's own are computed."""
 
     def __init__(self, sampler: RoundSampler, tokens: mx.array):
+        self.eos_tokens = sampler.eos_tokens
         self._sampler = sampler
         self._tokens = tokens
 

@@ -17,10 +17,7 @@ from speculation.session import Session
 from system.errors import say
 
 COST_REPEATS = 60  # timings per entry of the cost table
-
-
 COST_PREFIX = 8  # tokens decoded before the timed step
-
 
 # OpenMP's idle threads spin for a fifth of a second before they sleep, on the cores
 # that the next program needs: without this pause that one takes up to twice as long,

@@ -52,7 +52,7 @@ class Drafter(Protocol):
         self, sequences: list[list[int]], num_draft: int, sampler: RoundSampler
     ) -> Draft:
         """Guess the next ``num_draft`` tokens of each row, or fewer where all rows
-        would end before; never wait for the device.
+        would end before; wait for nothing that the device is not long done with.
 
         Args:
             sequences: for each row the committed tokens, with those it started from.

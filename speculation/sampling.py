@@ -5,7 +5,7 @@ the like), temperature, top-k, top-p, min-p, in the order of transformers' ``gen
 What the chain gives is what "p" and "q" mean to :mod:`acceptance`: speculation is exact
 for the filtered distribution only if both are filtered alike.
 
-Shapes: B = batch, T = positions, V = vocabulary, L = length of a prefix.
+Shapes: V = vocabulary.
 """
 
 import math

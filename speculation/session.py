@@ -13,7 +13,7 @@ class Session(Protocol):
     Attributes:
         vocabulary: ids below it may be fed and are what the logits are of.
         positions: how many may be fed to a row; None for any number.
-        batches: whether rows of different lengths may be started together.
+        batches: whether several rows at once are known to get the right text.
         has_encoder: whether decoding starts from a token of its own, not from the
             prompt.
     """
@@ -43,8 +43,9 @@ def check_prompts(prompts: list[list[int]], rows: int) -> None:
         if not prompt:
             raise PromptError("the prompt is empty")
         if max(prompt) >= rows or min(prompt) < 0:
+            odd = max(prompt) if max(prompt) >= rows else min(prompt)
             raise PromptError(
-                f"the prompt has the token id {max(prompt)}, but the model's "
+                f"the prompt has the token id {odd}, but the model's "
                 f"embedding has {rows} rows: it was not trained with that token"
             )
 

@@ -2,6 +2,9 @@
 
 import mlx.core as mx
 
+#: Head sizes for which MLX's attention on a GPU is one kernel, which stores no squares.
+FUSED = (64, 80, 128)
+
 
 def on_cpu() -> bool:
     """Whether MLX computes on a CPU, unless it is told otherwise."""

@@ -20,6 +20,11 @@ from system.errors import InputError, TooLongError
 #: Bytes for which nobody is asked what is left, as that takes a millisecond.
 SMALL = 1 << 24
 
+#: What makes a converted model's weights fewer bytes.
+CONVERTED = (
+    "convert this one with -q, or with --dtype bfloat16 if it is stored in float32"
+)
+
 _PROC, _GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 #: Of cgroups version 2 and 1: the limit, what is used, and what of that are pages of
 #: files, that the kernel takes back.
@@ -84,6 +89,33 @@ def require_room(tokens: int, size: int) -> None:
         )
 
 
+def prepare_memory(size: int, folder: Path, smaller: str = CONVERTED) -> None:
+    """See to it that weights of ``size`` bytes fit the device, before they are read.
+
+    On Metal, weights beyond the recommended working set would be swapped in and out at
+    every token: they are refused, and what fits is kept wired.
+
+    Args:
+        smaller: how there could be fewer on a GPU, in words.
+
+    Raises:
+        InputError: they do not fit.
+    """
+    if mx.metal.is_available():
+        mx.set_wired_limit(total())
+    if not fits(size + fast_blas.bytes_to_map()):
+        advice = "take a smaller model"
+        if on_cpu():
+            advice += ": a CPU computes in float32, whatever the weights are stored in"
+        else:
+            advice += f", or {smaller}"
+        raise InputError(
+            f"{folder} needs {in_words(size)} for its weights, and this machine has "
+            f"{in_words(free())} for them: {advice}"
+        )
+    fast_blas.map_kernels()
+
+
 def _machine(proc: Path) -> Iterator[int]:
     """What the kernel can give without killing anybody, swap included."""
     values = _fields(proc / "meminfo")
@@ -142,30 +174,3 @@ def _text(path: Path) -> str:
         return path.read_text("utf-8", "replace")
     except OSError:
         return ""
-
-
-def prepare_memory(size: int, folder: Path) -> None:
-    """See to it that weights of ``size`` bytes fit the device, before they are read.
-
-    On Metal, weights beyond the recommended working set would be swapped in and out at
-    every token: they are refused, and what fits is kept wired.
-
-    Raises:
-        InputError: they do not fit.
-    """
-    if mx.metal.is_available():
-        mx.set_wired_limit(total())
-    if not fits(size + fast_blas.bytes_to_map()):
-        advice = "take a smaller model"
-        if on_cpu():
-            advice += ": a CPU computes in float32, whatever the weights are stored in"
-        else:
-            advice += (
-                ", or convert this one with -q, or with --dtype bfloat16 if it is "
-                "stored in float32"
-            )
-        raise InputError(
-            f"{folder} needs {in_words(size)} for its weights, and this machine has "
-            f"{in_words(free())} for them: {advice}"
-        )
-    fast_blas.map_kernels()

@@ -20,10 +20,7 @@ import pytest
 import torch
 from causal_table import sizes
 from conftest import tiny_torch
-from huggingface_hub.errors import (
-    GatedRepoError,
-    RepositoryNotFoundError,
-)
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 import convert
 from architectures import causal, registry
@@ -378,7 +375,7 @@ class FakeHub:
         files = [SimpleNamespace(rfilename=file) for file in found]
         return SimpleNamespace(siblings=files)
 
-    def hf_hub_download(self, name, file, local_files_only=False):
+    def hf_hub_download(self, name, file, local_files_only=False, revision=None):
         found = self.models[name]
         if local_files_only and name not in self.cached:
             raise FileNotFoundError(name)
@@ -522,3 +519,15 @@ def test_a_hub_that_refuses_is_reached(monkeypatch, status):
         on_hub.fetch_config("some/model")
     with pytest.raises(InputError, match=r"cannot fetch .*: log in .*, or try later"):
         on_hub.fetch("some/model")
+
+
+@pytest.mark.parametrize("kind", ["llama", "bart", "t5"])
+def test_what_is_no_t5_is_not_fetched_to_be_converted(fake_hub, kind):
+    """Its config alone is looked at; of decoder-only models it is said what to do."""
+    fake_hub.models["some/model"] = model_with(model_type=kind)
+    if kind == "t5":
+        assert on_hub.fetch("some/model", check=registry.require_convertible)
+        return
+    with pytest.raises(InputError, match=r"another architecture.* run as they are"):
+        on_hub.fetch("some/model", check=registry.require_convertible)
+    assert fake_hub.fetched == []

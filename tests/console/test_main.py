@@ -582,6 +582,17 @@ def test_figures_of_samples_that_were_not_begun():
     assert Stats.of_batch([begun, Stats()]).accept_histogram == [1, 1]
 
 
+def test_rows_that_were_decoded_one_after_another():
+    rows = [Stats(new_tokens=6, rounds=n, decode_seconds=n) for n in (2, 3)]
+    for together, rounds in ((True, 3), (False, 5)):
+        whole = Stats.of_batch(rows, together)
+        assert (whole.new_tokens, whole.rounds, whole.decode_seconds) == (
+            12,
+            rounds,
+            rounds,
+        )
+
+
 def test_samples_in_any_order(pair):
     """Whichever sample is read first, and however they are mixed."""
     both = Pair.load(str(pair[0]), str(pair[1]))

@@ -20,6 +20,7 @@ import convert
 from decoder import Stats
 from measuring import baselines, figures, timing, variants
 from measuring.prompts import read_prompts
+from measuring.simulation import SimulatedPair
 from measuring.timing import Cost
 from measuring.variants import Answer, Cell, Variant
 from pair import Pair
@@ -435,3 +436,29 @@ def test_step_costs_are_of_the_right_steps(make, monkeypatch):
         pair.drafter.positions = None
     assert set(drafted) == {(prefix + 1, 5)}
     assert all(math.isfinite(x) and x > 0 for x in vars(cost).values())
+
+
+def test_alpha_without_the_cost_of_steps():
+    """As where a model has too few positions for those to be timed."""
+    stats = Stats(new_tokens=6, rounds=2, drafted=8, tested=5, accepted=4)
+    answer = Answer("", [0] * 6, 1.0, stats)
+    variant = Variant("a", Cell(4), lambda *_: answer)
+    row = figures.summarise(variant, [answer], [answer], [[]], None)
+    assert (row.alpha, row.c, row.expected) == (0.8, None, None)
+
+
+def test_a_simulation_takes_no_models(call):
+    for flags in (("--model", "x"), ("--prompts", "x"), ("--unverified",)):
+        status, _, err = call("--simulate-alpha", 0.5, *flags, program=benchmark)
+        assert status == 2
+        assert "goes with none of --model" in err
+
+
+def test_a_simulated_draft_may_be_long(tmp_path):
+    """Longer than what is looked back at for an end."""
+    config = tiny_torch(0).config.to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    pair = SimulatedPair(str(tmp_path), str(tmp_path), alpha=1.0, max_tokens=40)
+    pair.prepare(0)
+    tokens, stats = pair.generate(0, num_draft=30)
+    assert (len(tokens), stats.rounds) == (40, 2)
