@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 
 from console.prompts import check_start, open_input, read_line
 from pair import Generation
@@ -107,64 +108,85 @@ def converse(
         say(":help says what there is; Ctrl-D leaves")
         if prefix:
             say(f"before each line goes '{prefix}' (:prefix changes it)")
-    last: list[Generation] | None = None
-    conversation = Conversation(system, keep_turns)
+    talk = Talk(answer, write, report, prefix, chat, Conversation(system, keep_turns))
     first = True
     while True:
         try:
             line, fault = (input("> "), None) if terminal else read_line()
-            if not line and not terminal:
-                return
-            line = line.removesuffix("\n")
         except EOFError:
-            if terminal:
-                print()
+            print()
             return
         except KeyboardInterrupt:
             print()  # the line that was begun is dropped, as in a shell
             continue
+        if not line and not terminal:
+            return
         if first:
             check_start(line)
             first = False
         if fault:
             say(fault)
-            continue
-        if not line.strip():
-            continue
+        elif line.strip() and not talk.take(line.removesuffix("\n")):
+            return
+
+
+class Talk:
+    """What lines do, one after the other."""
+
+    def __init__(
+        self,
+        answer: Callable[[str, Messages, bool], list[Generation]],
+        write: Callable[[list[Generation]], None],
+        report: Callable[[list[Generation]], None],
+        prefix: str,
+        chat: bool,
+        conversation: Conversation,
+    ):
+        """The arguments are those of :func:`converse`."""
+        self._answer, self._write, self._report = answer, write, report
+        self._prefix, self._chat = prefix, chat
+        self._conversation = conversation
+        self._last: list[Generation] | None = None
+
+    def take(self, line: str) -> bool:
+        """Do what a line asks for; False where that is to leave."""
         if line.startswith(":"):
-            command, _, argument = line.rstrip().partition(" ")
-            argument = argument.strip()
-            if command in (":q", ":quit") and not argument:
-                return
-            if command == ":stats" and not argument:
-                if last is None:
-                    say("nothing has been answered yet")
-                else:
-                    report(last)
-            elif command == ":prefix":
-                prefix = f"{argument} " if argument else ""
-            elif command == ":new" and not argument:
-                conversation.clear()
-            elif command == ":help" and not argument:
-                say(HELP)
-            else:
-                say(f"there is no {one_line(line)}: :help says what there is")
-            continue
-        prompt = prefix + line
-
-        def respond(messages: Messages, roomy: bool, prompt: str = prompt) -> None:
-            nonlocal last
-            current = answer(prompt, messages, roomy)
-            try:
-                write(current)
-            except KeyboardInterrupt:
-                say("stopped")
-            last = current
-
+            return self._command(line)
+        prompt = self._prefix + line
         try:
-            conversation.fit(respond)
+            self._conversation.fit(partial(self._respond, prompt))
         except InputError as error:
             say(one_line(str(error)))
-            continue
-        if chat and last[0].text.strip():  # the first of several goes on
-            conversation.add(prompt, last[0].text)
+            return True
+        text = self._last[0].text  # the first of several goes on
+        if self._chat and text.strip():
+            self._conversation.add(prompt, text)
+        return True
+
+    def _command(self, line: str) -> bool:
+        command, _, argument = line.rstrip().partition(" ")
+        argument = argument.strip()
+        if command == ":prefix":
+            self._prefix = f"{argument} " if argument else ""
+            return True
+        if argument or command not in (":q", ":quit", ":stats", ":new", ":help"):
+            say(f"there is no {one_line(line)}: :help says what there is")
+        elif command == ":stats" and self._last is None:
+            say("nothing has been answered yet")
+        elif command == ":stats":
+            self._report(self._last)
+        elif command == ":new":
+            self._conversation.clear()
+        elif command == ":help":
+            say(HELP)
+        else:
+            return False
+        return True
+
+    def _respond(self, prompt: str, messages: Messages, roomy: bool) -> None:
+        current = self._answer(prompt, messages, roomy)
+        try:
+            self._write(current)
+        except KeyboardInterrupt:
+            say("stopped")
+        self._last = current

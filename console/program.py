@@ -3,10 +3,9 @@
 import system.fast_blas  # noqa: F401  (before mlx: see there)
 
 import sys
-from collections.abc import Sequence
+from argparse import Namespace
 from functools import partial
 from itertools import count
-from typing import Any
 
 from console.answers import Writer, report
 from console.arguments import NAME, check_flags, parse_arguments
@@ -16,12 +15,109 @@ from console.interactive import converse
 from console.prompts import EXAMPLE_TASK, read_prompts, read_system, require_answerable
 from console.rules import Rules, read_given, read_sampling
 from decoder import MAX_TOKENS, Stats, check_options
-from pair import Generation
+from pair import Generation, Pair
 from system import fast_blas
 from system.errors import PromptError, one_line, say
+from text.messages import Messages
+
+
+class Program:
+    """Answers as the flags ask for them, of a pair that is loaded."""
+
+    def __init__(self, arguments: Namespace, pair: Pair, write: Writer):
+        self._arguments = arguments
+        self._pair = pair
+        self._write = write
+        self._rules = Rules(arguments, pair)
+        self._system = read_system(pair, arguments.chat, arguments.system)
+
+    def answer_prompts(self) -> int:
+        """Answer what the flags name or standard input has; the exit status."""
+        arguments = self._arguments
+        status = 0
+        for number, (line, prompt, fault) in enumerate(read_prompts(arguments.prompt)):
+            if arguments.prompt in (None, "-") and sys.stderr.isatty():
+                # Bytes that were not UTF-8 are shown escaped; the answer names them.
+                say("> " + prompt.encode("utf-8", "backslashreplace").decode())
+            try:
+                require_answerable(fault)
+                answers = self._begin(number, prompt, arguments.num_draft)
+                self._write(answers)
+            except PromptError as error:
+                if line is None:
+                    raise
+                say(f"{NAME}: line {line}: {one_line(str(error))}")
+                status = 2
+                continue
+            if not arguments.json or arguments.verbose:
+                self._report(answers)
+            if arguments.compare:
+                again = partial(self._begin, number, prompt)
+                compare(again, arguments.num_draft, self._pair.forget)
+        return status
+
+    def converse(self) -> None:
+        """Answer lines as they are typed."""
+        bundled = self._pair.folder.resolve() == BUNDLED[0]
+        number = count()  # asked again, a prompt has another answer
+        converse(
+            lambda prompt, before, roomy: self._begin(
+                next(number), prompt, self._arguments.num_draft, before, roomy
+            ),
+            self._write,
+            self._report,
+            prefix=EXAMPLE_TASK if bundled else "",
+            chat=self._arguments.chat,
+            system=self._system,
+            keep_turns=self._arguments.keep_turns,
+        )
+
+    def _begin(
+        self,
+        stream: int,
+        prompt: str,
+        num_draft: int,
+        before: Messages | None = None,
+        roomy: bool = False,
+    ) -> list[Generation]:
+        """Begin the answers to a prompt.
+
+        Args:
+            before: what was said before it; None for what every conversation begins
+                with.
+            roomy: there has to be room for as many tokens as they may have.
+        """
+        arguments = self._arguments
+        question: str | Messages = prompt
+        if arguments.chat:
+            said = self._system if before is None else before
+            question = [*said, {"role": "user", "content": prompt}]
+        sampling, most = self._rules.of(question)
+        if roomy:
+            self._pair.require_positions(question, most)
+        return self._pair.samples(
+            question,
+            arguments.num_samples,
+            max_tokens=most,
+            num_draft=num_draft,
+            delta=arguments.delta,
+            sampling=sampling,
+            stream=stream,
+            keep_special=arguments.keep_special,
+        )
+
+    def _report(self, answers: list[Generation]) -> None:
+        """Say the figures of a prompt's answers."""
+        stats = [one.stats for one in answers]
+        report(Stats.of_batch(stats, self._pair.batches), self._arguments.verbose)
 
 
 def main() -> int:
+    """Answer as the command line says; the exit status.
+
+    Raises:
+        InputError: the flags, the models or the prompts are not what they have to be.
+    """
     sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale says
     arguments = parse_arguments()
     check_flags(arguments)
@@ -42,68 +138,8 @@ def main() -> int:
         plain=arguments.regular_decode or arguments.num_draft == 0,
         unverified=arguments.unverified,
     )
-    rules = Rules(arguments, pair)
-    system = read_system(pair, arguments.chat, arguments.system)
-
-    def answer(
-        stream: int,
-        prompt: str,
-        num_draft: int = arguments.num_draft,
-        before: Sequence[dict[str, Any]] = system,
-        roomy: bool = False,
-    ) -> list[Generation]:
-        chat = [*before, {"role": "user", "content": prompt}]
-        question = chat if arguments.chat else prompt
-        sampling, most = rules.of(question)
-        if roomy:
-            pair.require_positions(question, most)
-        return pair.samples(
-            question,
-            arguments.num_samples,
-            max_tokens=most,
-            num_draft=num_draft,
-            delta=arguments.delta,
-            sampling=sampling,
-            stream=stream,
-            keep_special=arguments.keep_special,
-        )
-
-    def figures(answers: list[Generation]) -> None:
-        stats = [one.stats for one in answers]
-        report(Stats.of_batch(stats, pair.batches), arguments.verbose)
-
+    program = Program(arguments, pair, write)
     if arguments.interactive:
-        bundled = pair.folder.resolve() == BUNDLED[0]
-        number = count()  # asked again, a prompt has another answer
-        converse(
-            lambda prompt, before, roomy: answer(
-                next(number), prompt, before=before, roomy=roomy
-            ),
-            write,
-            figures,
-            prefix=EXAMPLE_TASK if bundled else "",
-            chat=arguments.chat,
-            system=system,
-            keep_turns=arguments.keep_turns,
-        )
+        program.converse()
         return 0
-    status = 0
-    for number, (line, prompt, fault) in enumerate(read_prompts(arguments.prompt)):
-        if arguments.prompt in (None, "-") and sys.stderr.isatty():
-            # Bytes that were not UTF-8 are shown escaped; the answer names them.
-            say("> " + prompt.encode("utf-8", "backslashreplace").decode())
-        try:
-            require_answerable(fault)
-            answers = answer(number, prompt)
-            write(answers)
-        except PromptError as error:
-            if line is None:
-                raise
-            say(f"{NAME}: line {line}: {one_line(str(error))}")
-            status = 2
-            continue
-        if not arguments.json or arguments.verbose:
-            figures(answers)
-        if arguments.compare:
-            compare(partial(answer, number, prompt), arguments.num_draft, pair.forget)
-    return status
+    return program.answer_prompts()
