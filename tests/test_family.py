@@ -197,7 +197,7 @@ def decoded(folder: Path, tokens: list[int]) -> str:
 
 
 @pytest.mark.parametrize("name", FAMILY)
-def test_member_against_transformers(published, name):
+def test_member_against_transformers(published, name, confined_here):
     """Ids, logits and text, plain and speculative, from the hub's files on."""
     oracle, size, folder = published(name)
     theirs = reference(folder / "hf")

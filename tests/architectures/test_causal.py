@@ -327,7 +327,7 @@ TEMPLATE = (
 )
 
 
-def test_chat(call, saved, tmp_path, monkeypatch):
+def test_chat(call, saved, tmp_path, monkeypatch, confined_here):
     """The template is applied, and the conversation goes on from line to line."""
     oracle, folder = saved("qwen2")
     status, _, err = call("--model", folder, "--chat", "--prompt", "a")

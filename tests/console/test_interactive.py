@@ -176,7 +176,7 @@ PLAIN = "{% for m in messages %}{{ m.content }} {% endfor %}"
 
 
 @pytest.fixture
-def chatting(tmp_path, call, monkeypatch):
+def chatting(tmp_path, call, monkeypatch, confined_here):
     """Chat with a tiny Llama of 30 positions: (status, prompts of the answers, err)."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}

@@ -17,7 +17,7 @@ TESTS = Path(__file__).resolve().parents[1]
 
 #: Inputs for each reader: fewer where transformers reads them, or limits are reached.
 INPUTS = {"pickle": 150, "spiece": 15, "tokenizer-config": 15}
-MOST = 40
+MOST = 25
 #: Readers that one process has: starting it costs as much as most of the inputs.
 GROUPS = [
     ["pickle"],
