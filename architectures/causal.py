@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from architectures import verified
 from architectures.parameters import parameter_count
 from checkpoints.config import Special, find_size, require_family, with_text
 from checkpoints.converted import CONFIG, GENERATION_CONFIG
@@ -30,6 +29,8 @@ def require(config: Mapping[str, Any], name: str, unverified: bool) -> None:
         InputError: it is an encoder-decoder, mlx-lm is missing or does not have its
             architecture, or that is not verified.
     """
+    from architectures import verified  # T5 has no use for it
+
     refuse_encoder_decoder(config, name)
     where = f"{name}'s {CONFIG}"
     _require_architecture(config.get("model_type"), where)

@@ -14,8 +14,7 @@ from architectures import causal, t5
 from checkpoints.config import FAMILY
 from checkpoints.converted import CONFIG, locate
 from checkpoints.hub import fetch, fetch_config
-from checkpoints.sources import Tensor
-from checkpoints.storing import Steps
+from checkpoints.sources import Steps, Tensor
 from speculation.session import Session
 from system.errors import InputError
 from system.files import read_json

@@ -7,13 +7,11 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
 
-from architectures import t5_checkpoint
 from architectures.parameters import dequantize, linear_paths, parameter_count, quantize
 from architectures.slim import slim
 from checkpoints.config import T5Config
 from checkpoints.converted import CONFIG, WEIGHTS, MappedWeights
-from checkpoints.sources import Tensor
-from checkpoints.storing import Steps
+from checkpoints.sources import Steps, Tensor
 from model import T5, T5Session
 from speculation.session import Session
 from system import fast_blas
@@ -108,6 +106,8 @@ def plan(source: Path, tensors: dict[str, Tensor]) -> tuple[Steps, list[str]]:
     Raises:
         InputError: see :func:`t5_checkpoint.plan`.
     """
+    from architectures import t5_checkpoint  # of no use where nothing is converted
+
     tensors = t5_checkpoint.by_t5s_names(tensors)
     steps = t5_checkpoint.plan(T5Config.read(source), tensors)
     odd = []

@@ -7,10 +7,10 @@ tensor costs memory while it is read.
 import math
 import mmap
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 import msgspec
 from msgspec import Meta, Struct
@@ -136,6 +136,10 @@ class Tensor:
             # A GPU has no float64; nor has what is written.
             block = mx.array(part.astype("f4") if self.dtype == "F64" else part)
             yield block.view(mx.bfloat16) if self.dtype == "BF16" else block
+
+
+#: By the names of ours, the tensors that each stacks, by rows.
+Steps: TypeAlias = Mapping[str, list[Tensor]]
 
 
 def stacked_shape(parts: list[Tensor]) -> tuple[int, ...]:

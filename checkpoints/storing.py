@@ -6,21 +6,18 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import mlx.core as mx
 
 from checkpoints.config import QUANTIZED, Quantization
 from checkpoints.converted import WeightsWriter
-from checkpoints.sources import Tensor, stacked_shape
+from checkpoints.sources import Steps, Tensor, stacked_shape
 from system.errors import InputError, say
 
 #: Above this, ``--dtype auto`` stores float32 checkpoints as bfloat16.
 BILLION = 1_000_000_000
 
-
-#: By the names of ours, the tensors of the source that each stacks, by rows.
-Steps: TypeAlias = Mapping[str, list[Tensor]]
 
 #: What weights are stored in, by what safetensors calls it.
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}

@@ -11,7 +11,6 @@ from console.answers import Writer, report
 from console.arguments import NAME, check_flags, parse_arguments
 from console.choosing import BUNDLED, choose_pair
 from console.comparing import compare, describe_machine
-from console.interactive import converse
 from console.prompts import EXAMPLE_TASK, read_prompts, read_system, require_answerable
 from console.rules import Rules, read_given, read_sampling
 from decoder import MAX_TOKENS, Stats, check_options
@@ -58,6 +57,8 @@ class Program:
 
     def converse(self) -> None:
         """Answer lines as they are typed."""
+        from console.interactive import converse  # of no use to others
+
         bundled = self._pair.folder.resolve() == BUNDLED[0]
         number = count()  # asked again, a prompt has another answer
         converse(
