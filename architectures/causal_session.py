@@ -83,7 +83,7 @@ class CausalSession:
 
     def start(self, prompts: list[list[int]]) -> list[list[int]]:
         """Prefill a batch of prompts (B lists of ids, none empty), but the last token
-        of each. Returns when the device has finished.
+        of each; equal ones once. Returns when the device has finished.
 
         Returns:
             The prompts: decoding goes on from their last tokens.
@@ -100,15 +100,27 @@ class CausalSession:
                     f"the prompt has {len(prompt)} tokens, but the model has positions "
                     f"for {self.positions} with its answer: shorten it"
                 )
+        once = dict.fromkeys(map(tuple, prompts))
         known = 0
-        if len(prompts) == 1:
+        if len(once) == 1:
             known = self._reuse(prompts[0])
         else:
-            self._begin(len(prompts))
-        longest = max(map(len, prompts)) - 1
+            self._begin(len(once))
+        longest = max(map(len, once)) - 1
         if longest > known:
-            size = self._prefill_bytes(len(prompts), known, longest)
+            size = self._prefill_bytes(len(once), known, longest, len(prompts))
             require_room(longest + 1, size)
+        self._prefill(list(once), known)
+        if len(once) < len(prompts):
+            number = {prompt: row for row, prompt in enumerate(once)}
+            for cache in self._caches:
+                cache.take([number[tuple(prompt)] for prompt in prompts])
+        self.lengths = [len(prompt) - 1 for prompt in prompts]
+        return [list(prompt) for prompt in prompts]
+
+    def _prefill(self, prompts: list[tuple[int, ...]], known: int) -> None:
+        """Feed prompts, a row each, but their last tokens and the ``known`` first."""
+        longest = max(map(len, prompts)) - 1
         tokens = np.zeros((len(prompts), longest), np.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt) - 1] = prompt[:-1]
@@ -118,7 +130,6 @@ class CausalSession:
             # Not the logits: a head over every position would take the most memory.
             mx.eval([(cache.keys, cache.values) for cache in self._caches])
         self.rewind([len(prompt) - 1 for prompt in prompts])
-        return [list(prompt) for prompt in prompts]
 
     def extend(self, tokens: mx.array) -> mx.array:
         """Append tokens (B, T), each row at its own length.
@@ -150,8 +161,9 @@ class CausalSession:
         """Drop the batch and its caches: nothing of it is kept for the next prompt."""
         self._begin(rows=0)
 
-    def _prefill_bytes(self, rows: int, known: int, length: int) -> int:
-        """What prefilling takes at once, of ``rows`` prompts up to this length.
+    def _prefill_bytes(self, rows: int, known: int, length: int, copies: int) -> int:
+        """What prefilling takes at once, of ``rows`` prompts up to this length, that
+        become ``copies`` rows.
 
         As ``mx.get_peak_memory`` has it, from above: the caches, which are copied as
         they grow, and for a chunk attention's squares and what a layer makes of it.
@@ -164,7 +176,8 @@ class CausalSession:
             numbers += self._heads * squares
         room = -(-length // ROOM) * ROOM
         caches = self._position_bytes * (room + room // self._layers)
-        return rows * (caches + numbers * self._dtype.size * 11 // 10 + squares)
+        size = rows * (caches + numbers * self._dtype.size * 11 // 10 + squares)
+        return size if copies == rows else size + copies * self._position_bytes * room
 
     def _reuse(self, prompt: list[int]) -> int:
         """Keep of the cache what ``prompt`` begins with; how many positions that is."""

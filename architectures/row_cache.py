@@ -58,6 +58,13 @@ class RowCache(KVCache):
         self._set(np.maximum(self._lengths - count, 0))
         return before - self.size()
 
+    def take(self, rows: list[int]) -> None:
+        """Have these rows instead, of which some may be the same."""
+        if self.keys is not None:  # of a prompt of one token nothing is fed
+            places = mx.array(rows)
+            self.keys, self.values = self.keys[places], self.values[places]
+        self._set(self._lengths[rows])
+
     def make_mask(
         self, size: int, return_array: bool = False, window_size: int | None = None
     ) -> mx.array | str | None:

@@ -424,7 +424,7 @@ def test_what_prefilling_takes_is_known(saved, kind, rows, length, monkeypatch):
     mx.reset_peak_memory()
     model.start(prompts)
     taken = mx.get_peak_memory() - before
-    counted = model._prefill_bytes(rows, 0, length - 1)
+    counted = model._prefill_bytes(rows, 0, length - 1, rows)
     assert 0.9 * taken < counted < 2 * taken
 
     monkeypatch.setattr(memory, "SMALL", 0)
@@ -441,3 +441,35 @@ def test_room_for_an_answer(saved):
     pair.require_positions("the cat sat on the cat", POSITIONS - length)
     with pytest.raises(TooLongError, match=f"leave {POSITIONS - length} for an answer"):
         pair.require_positions("the cat sat on the cat", POSITIONS - length + 1)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_equal_prompts_are_prefilled_once(saved, kind, monkeypatch):
+    """And what they begin with in common with the text before is not fed again."""
+    alone, together = (session(saved(kind)[1]) for _ in range(2))
+    long = [3 + (5 * i) % 90 for i in range(40)]
+    fed = []
+    extend = together.extend
+
+    def watched(tokens):
+        fed.append(tokens.shape)
+        return extend(tokens)
+
+    monkeypatch.setattr(together, "extend", watched)
+    together.start([long[:30]])
+    for prompts, expected in (
+        ([long] * 3, [(1, 29), (1, 10)]),
+        ([long, long[:7], long], [(2, 39)]),
+        ([[5]] * 2, []),
+    ):
+        assert together.start(prompts) == prompts
+        assert fed == expected
+        fed.clear()
+        block = mx.array([[*prompt[-1:], 9, 10] for prompt in prompts])
+        logits = extend(block)
+        for row, prompt in enumerate(prompts):
+            alone.start([prompt])
+            theirs = alone.extend(block[row : row + 1])
+            assert mx.allclose(logits[row : row + 1], theirs, atol=1e-4).item()
+        together.rewind([len(prompt) for prompt in prompts])
+        assert together.lengths == [len(prompt) for prompt in prompts]
