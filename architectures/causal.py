@@ -133,7 +133,10 @@ def open_session(
     """
     from architectures import causal_model
 
-    found = causal_model.load(folder, unverified)
+    try:
+        found = causal_model.load(folder, unverified)
+    except ImportError:
+        raise InputError(HINT) from None
     from architectures.causal_session import CausalSession  # of mlx-lm's caches
 
     if vocabulary > found.rows:

@@ -16,7 +16,6 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
 from architectures import verified
-from architectures.causal import HINT
 from architectures.causal_layers import HEAD, gpt2, mend
 from architectures.verified import Verified
 from checkpoints.config import find_size, with_text
@@ -62,9 +61,9 @@ def load(folder: Path, unverified: bool = False) -> Causal:
         unverified: load an architecture that :mod:`verified` does not have as well.
 
     Raises:
-        InputError: mlx-lm is missing or does not have this architecture, it or one of
-            its fields is not verified, the files are damaged, or the weights do not fit
-            the memory.
+        ImportError: mlx-lm is missing.
+        InputError: it does not have this architecture, that or one of its fields is not
+            verified, the files are damaged, or the weights do not fit the memory.
     """
     config = read_json(folder / CONFIG)
     refuse_code(config, folder)
@@ -74,7 +73,7 @@ def load(folder: Path, unverified: bool = False) -> Causal:
     dtype = prepare()
     try:
         model = _build(config, known, folder, tensors, quantization)
-    except InputError:
+    except (InputError, ImportError):
         raise
     except (Exception, SystemExit) as error:  # of any kind, for whatever a folder holds
         raise InputError(f"mlx-lm cannot load {folder}: {error}") from None
@@ -191,8 +190,6 @@ def _build(
     except SystemExit:
         said = printed.getvalue().strip() or "its module asks to end the program"
         raise InputError(f"mlx-lm cannot load {folder}: {said}") from None
-    except ImportError:
-        raise InputError(HINT) from None
     if known is not None and config["model_type"] == "gpt2":
         model_class = gpt2(model_class, known)
     model = model_class(arguments.from_dict(known.arguments if known else config))
