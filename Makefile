@@ -29,7 +29,7 @@ bench: $(VENV)/dev
 lint: $(VENV)/dev
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
-	@$(BIN)/lint-imports --no-cache --no-timing > $(VENV)/imports || { cat $(VENV)/imports; exit 1; }
+	@$(BIN)/lint-imports --no-cache > $(VENV)/imports || { cat $(VENV)/imports; exit 1; }
 
 # One file per set of requirements, newer than them once they are installed.
 $(VENV)/run: requirements.txt | $(BIN)/python
