@@ -28,7 +28,7 @@ from speculation.sampling import GREEDY, Sampling
 from speculation.session import Session
 from system.errors import InputError, PromptError, TooLongError
 from text.messages import last_text, read_prompt
-from text.tokenizer import TextStream, Tokenizer
+from text.tokenizer import TextStream, Tokenizer, have_equal_files
 
 LOOKUP = "prompt-lookup"  # a draft without a model
 
@@ -149,7 +149,7 @@ class Pair:
         if draft_model not in (None, LOOKUP):
             draft_folder = registry.find(draft_model, unverified)
         tokenizer = Tokenizer(folder)
-        if draft_folder:
+        if draft_folder and not have_equal_files(folder, draft_folder):
             difference = tokenizer.difference(Tokenizer(draft_folder))
             if difference:
                 raise DifferentTokenizersError(

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from system.errors import InputError
+from text.tokenizer_files import FILES
 
 #: Seconds of computing for a call, and more for each megabyte of tokenizer.
 SECONDS, SECONDS_PER_MB = 2, 0.25
@@ -32,11 +33,7 @@ SECONDS, SECONDS_PER_MB = 2, 0.25
 IMPORTS = 8
 #: Bytes of memory, and more for each byte of tokenizer.
 MEMORY, MEMORY_PER_BYTE = 1 << 30, 32
-#: The files that count as a tokenizer, and the most bytes of them that do.
-FILES = {
-    *("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json", "merges.txt"),
-    *("vocab.txt", "tokenizer_config.json"),
-}
+#: The most bytes of a tokenizer's files that count.
 COUNTED = 40_000_000
 THREADED = ("MKL", "OMP", "OPENBLAS", "RAYON", "VECLIB_MAXIMUM")
 #: Seconds to wait for a process that computes nothing and says nothing.

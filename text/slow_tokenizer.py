@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from system.errors import InputError
 from system.files import is_file, require_files
-from text.confined import FILES
+from text.tokenizer_files import FILES
 
 
 class SlowTokenizer:

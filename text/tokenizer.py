@@ -1,6 +1,7 @@
 """Text to token ids and back: the tokenizer of a checkpoint folder, and streaming."""
 
 from collections.abc import Callable
+from filecmp import cmp
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -10,7 +11,7 @@ import numpy as np
 from system.errors import InputError, blame_prompt
 from system.files import is_file, require_files
 from text.fast_tokenizer import FILE, MERGES, VOCABULARY, FastTokenizer, is_plain
-from text.tokenizer_files import SPIECE, TokenizerFiles
+from text.tokenizer_files import ADDED, FILES, SPECIAL, SPIECE, TokenizerFiles
 
 if TYPE_CHECKING:
     from text.confined import Confined
@@ -141,6 +142,19 @@ class Tokenizer:
         )
         mine, its = (_name(tokens.get(first)) for tokens in (ours, theirs))
         return f"token {first} is {its} in one and {mine} in the other"
+
+
+def have_equal_files(one: Path, other: Path) -> bool:
+    """Whether the tokenizers of two folders are the same for being the same files."""
+    if not is_file(one / FILE):
+        return False  # what others are may be for transformers to say
+    for name in (*FILES, SPECIAL, ADDED):
+        there = is_file(one / name), is_file(other / name)
+        if any(there) and not (
+            all(there) and cmp(one / name, other / name, shallow=False)
+        ):
+            return False
+    return True
 
 
 def _by_id(ids: dict[str, int]) -> dict[int, str]:

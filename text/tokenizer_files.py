@@ -26,6 +26,12 @@ SPECIAL = "special_tokens_map.json"
 ADDED = "added_tokens.json"
 SPIECE = "spiece.model"
 
+#: The files that a tokenizer is read from, one or the other.
+FILES = {
+    *("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json", "merges.txt"),
+    *("vocab.txt", "tokenizer_config.json"),
+}
+
 #: What names a special token in either file; the others name several.
 _ROLES = (
     *("bos_token", "eos_token", "unk_token", "sep_token"),

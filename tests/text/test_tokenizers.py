@@ -6,12 +6,13 @@ a ``tokenizer.json`` as it was found; what transformers 5 makes of either is non
 
 import json
 import random
+import shutil
 from itertools import product
 from pathlib import Path
 
 import pytest
 import sentencepiece
-from conftest import save_tokenizer_confined
+from conftest import save_tokenizer_confined, tiny_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import (
@@ -26,10 +27,11 @@ from tokenizers import (
 )
 from tokenizers import Tokenizer as Library
 
+from pair import Pair
 from system.errors import InputError
 from text.fast_tokenizer import FILE, FastTokenizer
 from text.spiece_tokenizer import SpieceTokenizer
-from text.tokenizer import TextStream, Tokenizer, reader_of
+from text.tokenizer import TextStream, Tokenizer, have_equal_files, reader_of
 from text.tokenizer_files import TokenizerFiles
 
 LINE = "the cat sat on a mat and saw dogs run over red green hills das Haus ist"
@@ -481,3 +483,34 @@ def test_flags_come_from_whoever_has_them(tmp_path):
     assert not added["<b>"].lstrip
     assert added["<a>"].special and added["<b>"].special
     assert not added["<b>"].normalized
+
+
+@pytest.mark.parametrize(
+    "name, equal",
+    [(None, True), (FILE, False), ("tokenizer_config.json", False), ("x.txt", True)],
+)
+def test_equal_files_are_an_equal_tokenizer(tmp_path, name, equal):
+    """As those of a converted pair mostly are: the second need not be read."""
+    tiny_tokenizer().save_pretrained(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    if name:
+        with (tmp_path / "b" / name).open("a") as file:
+            file.write(" ")
+    assert have_equal_files(tmp_path / "a", tmp_path / "b") == equal
+    (tmp_path / "a" / "added_tokens.json").write_text("{}")
+    assert not have_equal_files(tmp_path / "a", tmp_path / "b")
+    assert not have_equal_files(tmp_path / "b", tmp_path / "a")
+
+
+def test_of_an_equal_pair_one_tokenizer_is_read(make, monkeypatch):
+    read = []
+    init = Tokenizer.__init__
+
+    def watched(self, folder):
+        read.append(folder)
+        init(self, folder)
+
+    target, draft = make()[2], make(num_decoder_layers=1)[2]
+    monkeypatch.setattr(Tokenizer, "__init__", watched)
+    Pair.load(str(target), str(draft))
+    assert read == [target]
