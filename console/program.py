@@ -4,7 +4,7 @@ import system.fast_blas  # noqa: F401  (before mlx: see there)
 
 import sys
 from argparse import Namespace
-from functools import partial
+from collections.abc import Callable
 from itertools import count
 
 from console.answers import Writer, report
@@ -40,7 +40,8 @@ class Program:
                 say("> " + prompt.encode("utf-8", "backslashreplace").decode())
             try:
                 require_answerable(fault)
-                answers = self._begin(number, prompt, arguments.num_draft)
+                begin = self._ready(number, prompt)
+                answers = begin(arguments.num_draft)
                 self._write(answers)
             except PromptError as error:
                 if line is None:
@@ -51,8 +52,7 @@ class Program:
             if not arguments.json or arguments.verbose:
                 self._report(answers)
             if arguments.compare:
-                again = partial(self._begin, number, prompt)
-                compare(again, arguments.num_draft, self._pair.forget)
+                compare(begin, arguments.num_draft, self._pair.forget)
         return status
 
     def converse(self) -> None:
@@ -62,9 +62,9 @@ class Program:
         bundled = self._pair.folder.resolve() == BUNDLED[0]
         number = count()  # asked again, a prompt has another answer
         converse(
-            lambda prompt, before, roomy: self._begin(
-                next(number), prompt, self._arguments.num_draft, before, roomy
-            ),
+            lambda prompt, before, roomy: self._ready(
+                next(number), prompt, before, roomy
+            )(self._arguments.num_draft),
             self._write,
             self._report,
             prefix=EXAMPLE_TASK if bundled else "",
@@ -73,15 +73,14 @@ class Program:
             keep_turns=self._arguments.keep_turns,
         )
 
-    def _begin(
+    def _ready(
         self,
         stream: int,
         prompt: str,
-        num_draft: int,
         before: Messages | None = None,
         roomy: bool = False,
-    ) -> list[Generation]:
-        """Begin the answers to a prompt.
+    ) -> Callable[[int], list[Generation]]:
+        """What begins the answers to a prompt, with so many draft tokens a round.
 
         Args:
             before: what was said before it; None for what every conversation begins
@@ -96,7 +95,7 @@ class Program:
         sampling, most = self._rules.of(question)
         if roomy:
             self._pair.require_positions(question, most)
-        return self._pair.samples(
+        return lambda num_draft: self._pair.samples(
             question,
             arguments.num_samples,
             max_tokens=most,
