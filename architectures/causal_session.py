@@ -77,6 +77,7 @@ class CausalSession:
 
     def _begin(self, rows: int) -> None:
         """Empty caches for so many rows."""
+        self.lengths = []  # interrupted, nothing of the batch is believed: see _reuse
         self._caches = [RowCache(rows, self.positions) for _ in range(self._layers)]
         self._fed = []
         self.lengths = [0] * rows
@@ -113,6 +114,7 @@ class CausalSession:
         self._prefill(list(once), known)
         if len(once) < len(prompts):
             number = {prompt: row for row, prompt in enumerate(once)}
+            self.lengths = []  # as in _begin
             for cache in self._caches:
                 cache.take([number[tuple(prompt)] for prompt in prompts])
         self.lengths = [len(prompt) - 1 for prompt in prompts]

@@ -68,10 +68,10 @@ def read_line() -> tuple[str, str | None]:
 
     Of one that is too long, as an endless one is, the beginning. Nothing at the end.
     """
-    line = sys.stdin.readline(MOST_CHARACTERS)
-    more = line
-    while more and not more.endswith("\n") and len(more) == MOST_CHARACTERS:
-        more = sys.stdin.readline(MOST_CHARACTERS)
+    size = MOST_CHARACTERS + 1  # with its end
+    line = more = sys.stdin.readline(size)
+    while len(more) == size and not more.endswith("\n"):
+        more = sys.stdin.readline(size)
     fault = None
     if more is not line:
         line = line[:80]

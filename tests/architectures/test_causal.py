@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from contextlib import suppress
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -19,6 +20,7 @@ from tiny_causal import POSITIONS, tiny_causal
 
 from architectures import causal, causal_model, causal_session
 from architectures.causal_session import CausalSession
+from architectures.row_cache import RowCache
 from pair import LOOKUP, Pair
 from speculation.drafting import ModelDrafter
 from speculation.lookup import LookupDrafter
@@ -473,3 +475,33 @@ def test_equal_prompts_are_prefilled_once(saved, kind, monkeypatch):
             assert mx.allclose(logits[row : row + 1], theirs, atol=1e-4).item()
         together.rewind([len(prompt) for prompt in prompts])
         assert together.lengths == [len(prompt) for prompt in prompts]
+
+
+@pytest.mark.parametrize("name", ["take", "__init__", "rewind", "update_and_fetch"])
+def test_interrupted_starts_leave_nothing_behind(saved, name, monkeypatch):
+    """Wherever it was: the next prompt is answered as if nothing had been."""
+    model = causal_model.load(saved("llama", layers=3)[1]).model
+    text = [3 + (5 * i) % 90 for i in range(30)]
+    fresh = CausalSession(model, VOCABULARY)
+    fresh.start([text])
+    expected = fresh.extend(mx.array([text[-1:]]))
+    real = getattr(RowCache, name)
+    for place in range(8):
+        tested = CausalSession(model, VOCABULARY)
+        tested.start([text[:20]])
+        left = [place]
+
+        def interrupted(self, *arguments, left=left):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            return real(self, *arguments)
+
+        for prompts in ([text[:25]] * 3, [text[:9], text[9:]]):
+            left[0] = place
+            with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+                patch.setattr(RowCache, name, interrupted)
+                tested.start(prompts)
+            tested.start([text])
+            got = tested.extend(mx.array([text[-1:]]))
+            assert mx.allclose(got, expected, atol=1e-4).item()

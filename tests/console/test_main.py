@@ -618,7 +618,7 @@ def feed(monkeypatch, data):
 def test_a_line_that_never_ends(call, pair, monkeypatch):
     """Named, and not kept; what comes after it is answered."""
     monkeypatch.setattr(prompts, "MOST_CHARACTERS", 50)
-    feed(monkeypatch, b"cat\n" + b"x" * 170 + b"\ncat\n" + b"y" * 50)
+    feed(monkeypatch, b"cat\n" + b"x" * 170 + b"\ncat\n" + b"y" * 51)
     status, out, err = call(
         "--model", pair[0], "--prompt", "-", "--max-tokens", 3, "--draft-model", "none"
     )
@@ -631,14 +631,10 @@ def test_a_line_that_never_ends(call, pair, monkeypatch):
 
 def test_a_line_of_just_the_most_characters(monkeypatch):
     monkeypatch.setattr(prompts, "MOST_CHARACTERS", 5)
-    feed(monkeypatch, b"abcd\nabc\nabcde\nab")
+    feed(monkeypatch, b"abcde\nabc\nabcdef\nabcde")
     monkeypatch.setattr(prompts, "open_input", lambda: None)
-    assert [line.fault is None for line in prompts.read_prompts("-")] == [
-        True,
-        True,
-        False,
-        True,
-    ]
+    faults = [line.fault is not None for line in prompts.read_prompts("-")]
+    assert faults == [False, False, True, False]
 
 
 def test_utf_16_without_a_mark(call, pair, monkeypatch):
