@@ -16,8 +16,8 @@ import pytest
 TESTS = Path(__file__).resolve().parents[1]
 
 #: Inputs for each reader: fewer where transformers reads them, or limits are reached.
-INPUTS = {"pickle": 150, "spiece": 15, "tokenizer-config": 15}
-MOST = 25
+INPUTS = {"pickle": 80, "spiece": 8, "tokenizer-config": 8}
+MOST = 16
 #: Readers that one process has: starting it costs as much as most of the inputs.
 GROUPS = [
     ["pickle"],
