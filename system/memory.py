@@ -103,15 +103,17 @@ def prepare_memory(size: int, folder: Path, smaller: str = CONVERTED) -> None:
     """
     if mx.metal.is_available():
         mx.set_wired_limit(total())
-    if not fits(size + fast_blas.bytes_to_map()):
+    library = fast_blas.bytes_to_map()
+    if not fits(size + library):
         advice = "take a smaller model"
         if on_cpu():
             advice += ": a CPU computes in float32, whatever the weights are stored in"
         else:
             advice += f", or {smaller}"
         raise InputError(
-            f"{folder} needs {in_words(size)} for its weights, and this machine has "
-            f"{in_words(free())} for them: {advice}"
+            f"{folder} needs {in_words(size + library)} for its weights"
+            f"{' and MKL' if library else ''}, and this machine has {in_words(free())} "
+            f"for them: {advice}"
         )
     fast_blas.map_kernels()
 
