@@ -73,10 +73,10 @@ def convert(
             f"--output"
         )
     tensors = open_checkpoint(source)
-    steps, odd = registry.of_folder(source).plan(source, tensors)
+    values = read_json(source / CONFIG)
+    steps, odd = registry.plan(values, source, tensors)
     for line in odd:
         say(line)
-    values = read_json(source / CONFIG)
     storage = Storage(choose_dtype(dtype, tensors), quantization)
     try:
         with replacing(output) as folder:

@@ -25,7 +25,7 @@ import numpy as np
 
 from checkpoints.config import T5Config
 from speculation.processors import ban
-from speculation.session import check_prompts, check_rewind
+from speculation.session import check_prompts, check_rewind, distinct
 from system.device import FUSED, compute_early, on_cpu, on_gpu
 from system.memory import require_room
 
@@ -469,8 +469,7 @@ class T5Session:
             TooLongError: the memory does not do; nothing has been computed.
         """
         check_prompts(prompts, self.model.config.vocab_size)
-        once: dict[tuple[int, ...], int] = {}
-        copy_of = [once.setdefault(tuple(prompt), len(once)) for prompt in prompts]
+        once, copy_of = distinct(prompts)
         longest = max(map(len, once))
         ragged = any(len(prompt) < longest for prompt in once)
         size = self._encoding_bytes(len(once), longest, len(prompts), ragged)

@@ -7,12 +7,11 @@ for which mlx-lm has to be imported, and that takes a second.
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from architectures.parameters import parameter_count
-from checkpoints.config import Special, find_size, require_family, with_text
+from checkpoints.config import Special, find_size, with_text
 from checkpoints.converted import CONFIG, GENERATION_CONFIG
-from checkpoints.sources import Tensor
 from speculation.session import Session
 from system import fast_blas
 from system.errors import InputError
@@ -70,27 +69,6 @@ def _require_architecture(kind: Any, where: str) -> None:
             f"{where} has the model_type '{kind}', which is neither of the T5 family "
             f"nor one that mlx-lm has"
         )
-
-
-def require_convertible(config: Mapping[str, Any]) -> None:
-    """
-    Raises:
-        InputError: always: these models are run as they are.
-    """
-    try:
-        require_family(config)
-    except InputError as error:
-        advice = "decoder-only models are run as they are (python main.py --model ...)"
-        raise InputError(f"{error}; {advice}") from None
-
-
-def plan(source: Path, tensors: dict[str, Tensor]) -> NoReturn:
-    """
-    Raises:
-        InputError: always, as :func:`require_convertible`.
-    """
-    require_convertible(read_json(source / CONFIG))
-    raise AssertionError(f"{source} is a T5")
 
 
 def embedding_rows(folder: Path) -> int:

@@ -14,7 +14,7 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from architectures.row_cache import ROOM, RowCache
 from speculation.processors import ban
-from speculation.session import check_prompts, check_rewind
+from speculation.session import check_prompts, check_rewind, distinct
 from system.device import FUSED, on_cpu
 from system.errors import InputError, TooLongError
 from system.memory import require_room
@@ -101,7 +101,7 @@ class CausalSession:
                     f"the prompt has {len(prompt)} tokens, but the model has positions "
                     f"for {self.positions} with its answer: shorten it"
                 )
-        once = dict.fromkeys(map(tuple, prompts))
+        once, copy_of = distinct(prompts)
         known = 0
         if len(once) == 1:
             known = self._reuse(prompts[0])
@@ -111,16 +111,15 @@ class CausalSession:
         if longest > known:
             size = self._prefill_bytes(len(once), known, longest, len(prompts))
             require_room(longest + 1, size)
-        self._prefill(list(once), known)
+        self._prefill(once, known)
         if len(once) < len(prompts):
-            number = {prompt: row for row, prompt in enumerate(once)}
             self.lengths = []  # as in _begin
             for cache in self._caches:
-                cache.take([number[tuple(prompt)] for prompt in prompts])
+                cache.take(copy_of)
         self.lengths = [len(prompt) - 1 for prompt in prompts]
         return [list(prompt) for prompt in prompts]
 
-    def _prefill(self, prompts: list[tuple[int, ...]], known: int) -> None:
+    def _prefill(self, prompts: list[list[int]], known: int) -> None:
         """Feed prompts, a row each, but their last tokens and the ``known`` first."""
         longest = max(map(len, prompts)) - 1
         tokens = np.zeros((len(prompts), longest), np.int32)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from architectures import causal, t5
-from checkpoints.config import FAMILY
+from checkpoints.config import FAMILY, require_family
 from checkpoints.converted import CONFIG, locate
 from checkpoints.hub import fetch, fetch_config
 from checkpoints.sources import Steps, Tensor
@@ -23,18 +23,6 @@ from text.tokenizer import Tokenizer
 
 class Architecture(Protocol):
     """What a module has that knows an architecture."""
-
-    @staticmethod
-    def require(config: Mapping[str, Any], name: str, unverified: bool) -> None:
-        """Raise an InputError for what cannot be run, before it is fetched."""
-
-    @staticmethod
-    def require_convertible(config: Mapping[str, Any]) -> None:
-        """Raise an InputError for what convert.py has no use for."""
-
-    @staticmethod
-    def plan(source: Path, tensors: dict[str, Tensor]) -> tuple[Steps, list[str]]:
-        """How a checkpoint is converted, and what is odd about it, in lines."""
 
     @staticmethod
     def embedding_rows(folder: Path) -> int:
@@ -52,8 +40,18 @@ class Architecture(Protocol):
         those that no token stands for."""
 
 
+class Converted(Architecture, Protocol):
+    """What it has besides, where its models are converted before they are run."""
+
+    @staticmethod
+    def plan(
+        config: Mapping[str, Any], source: Path, tensors: dict[str, Tensor]
+    ) -> tuple[Steps, list[str]]:
+        """How a checkpoint is converted, and what is odd about it, in lines."""
+
+
 #: By a config's model_type; all others are decoder-only, mlx-lm's or nobody's.
-BY_TYPE: dict[str, Architecture] = dict.fromkeys(FAMILY, t5)
+BY_TYPE: dict[str, Converted] = dict.fromkeys(FAMILY, t5)
 
 #: What the names of T5s on the hub begin with.
 _T5S = re.compile(r"(flan-)?(u?m?t5|byt5|codet5p?|madlad400|aya-101|ul2)\b", re.I)
@@ -71,8 +69,24 @@ def of_folder(folder: Path) -> Architecture:
 
 
 def require_convertible(config: Mapping[str, Any]) -> None:
-    """Raise an InputError for a config of what convert.py has no use for."""
-    of_config(config).require_convertible(config)
+    """Raise an InputError for a config of what is run as it is, or not at all."""
+    try:
+        require_family(config)
+    except InputError as error:
+        advice = "decoder-only models are run as they are (python main.py --model ...)"
+        raise InputError(f"{error}; {advice}") from None
+
+
+def plan(
+    config: Mapping[str, Any], source: Path, tensors: dict[str, Tensor]
+) -> tuple[Steps, list[str]]:
+    """How a checkpoint is converted: see :class:`Converted`.
+
+    Raises:
+        InputError: it is not, or not this one.
+    """
+    require_convertible(config)
+    return BY_TYPE[config["model_type"]].plan(config, source, tensors)
 
 
 def find(name: str, unverified: bool = False) -> Path:
@@ -121,6 +135,7 @@ def fetch_causal(name: str, unverified: bool = False) -> Path | None:
         InputError: there is no such model, no access, no network; nothing here runs it.
     """
     config = read_json(fetch_config(name))
-    architecture = of_config(config)
-    architecture.require(config, name, unverified)
-    return fetch(name) if architecture is causal else None
+    if of_config(config) is not causal:
+        return None
+    causal.require(config, name, unverified)
+    return fetch(name)

@@ -29,11 +29,10 @@ class RowCache(KVCache):
 
     def rewind(self, lengths: list[int]) -> None:
         """Have ``lengths[b]`` positions of each row b count, and no others."""
-        self._set(np.array(lengths, np.int32))
-
-    def _set(self, lengths: np.ndarray) -> None:
-        self._lengths = lengths
-        self._together = bool((lengths == lengths[:1]).all())
+        self._lengths = np.array(lengths, np.int32)
+        # Every layer is asked for these in every pass.
+        self._longest = max(lengths, default=0)
+        self._together = min(lengths, default=0) == self._longest
 
     @property
     def nbytes(self) -> int:
@@ -42,28 +41,28 @@ class RowCache(KVCache):
 
     def size(self) -> int:
         """How many positions the longest row has."""
-        return int(self._lengths.max(initial=0))
+        return self._longest
 
     @property
     def offset(self) -> int | mx.array:
         """Where the rows' next positions are: one number, or (B,) int32."""
         if self._together:
-            return min(self.size(), self._last)
+            return min(self._longest, self._last)
         return mx.array(np.minimum(self._lengths, self._last))
 
     def trim(self, count: int) -> int:
         """Forget the last ``count`` positions of each row, or what there is; how many
         that was of the longest."""
-        before = self.size()
-        self._set(np.maximum(self._lengths - count, 0))
-        return before - self.size()
+        before = self._longest
+        self.rewind([max(length - count, 0) for length in self._lengths.tolist()])
+        return before - self._longest
 
     def take(self, rows: list[int]) -> None:
         """Have these rows instead, of which some may be the same."""
         if self.keys is not None:  # of a prompt of one token nothing is fed
             places = mx.array(rows)
             self.keys, self.values = self.keys[places], self.values[places]
-        self._set(self._lengths[rows])
+        self.rewind(self._lengths[rows].tolist())
 
     def make_mask(
         self, size: int, return_array: bool = False, window_size: int | None = None
@@ -71,7 +70,7 @@ class RowCache(KVCache):
         """What each of ``size`` new positions may attend to: bool, (T, keys) or
         (B, 1, T, keys); or "causal", or None for everything."""
         if self._together:
-            return create_attention_mask(size, self.size(), return_array, window_size)
+            return create_attention_mask(size, self._longest, return_array, window_size)
         places = self._lengths[:, None] + np.arange(size)
         keys = np.arange(places.max() + 1)
         seen = keys <= places[..., None]
@@ -84,10 +83,11 @@ class RowCache(KVCache):
     ) -> tuple[mx.array, mx.array]:
         """Append keys and values (B, H, T, D); all of them, up to the longest row."""
         size = keys.shape[2]
-        end = self.size() + size
+        end = self._longest + size
         self.keys = self._append(self.keys, keys, end)
         self.values = self._append(self.values, values, end)
-        self._set(self._lengths + size)
+        self._lengths = self._lengths + size
+        self._longest = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
     def _append(self, held: mx.array | None, new: mx.array, end: int) -> mx.array:

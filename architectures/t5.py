@@ -10,13 +10,12 @@ from mlx.utils import tree_flatten, tree_map
 from architectures.parameters import dequantize, linear_paths, parameter_count, quantize
 from architectures.slim import slim
 from checkpoints.config import T5Config
-from checkpoints.converted import CONFIG, WEIGHTS, MappedWeights
+from checkpoints.converted import WEIGHTS, MappedWeights
 from checkpoints.sources import Steps, Tensor
 from model import T5, T5Session
 from speculation.session import Session
 from system import fast_blas
 from system.device import prepare
-from system.files import read_json
 from system.memory import prepare_memory
 from text.tokenizer import Tokenizer
 
@@ -92,16 +91,13 @@ def session(
     return T5Session(model, vocabulary, banned)
 
 
-def require(config: Mapping[str, Any], name: str, unverified: bool) -> None:
-    """A T5 is converted before it is run: whatever it lacks is said then."""
-
-
-def require_convertible(config: Mapping[str, Any]) -> None:
-    """A T5 is; what its checkpoint lacks is said by :func:`plan`."""
-
-
-def plan(source: Path, tensors: dict[str, Tensor]) -> tuple[Steps, list[str]]:
+def plan(
+    config: Mapping[str, Any], source: Path, tensors: dict[str, Tensor]
+) -> tuple[Steps, list[str]]:
     """The source tensors of each of ours, and what is odd about them, in lines.
+
+    Args:
+        config: the source's, as it stands.
 
     Raises:
         InputError: see :func:`t5_checkpoint.plan`.
@@ -115,7 +111,6 @@ def plan(source: Path, tensors: dict[str, Tensor]) -> tuple[Steps, list[str]]:
     if left:
         names = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
         odd.append(f"not used, as T5 has no place for them: {names}")
-    config = read_json(source / CONFIG)
     untied = config.get("tie_word_embeddings") is False
     if "head.weight" not in steps and (untied or config.get("architectures") == BARE):
         odd.append(

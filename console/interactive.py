@@ -42,6 +42,7 @@ class Conversation:
         self._said = False
 
     def add(self, prompt: str, answer: str) -> None:
+        """Go on with a turn: what was asked, and what was answered."""
         self.messages.append({"role": "user", "content": prompt})
         self.messages.append({"role": "assistant", "content": answer})
 

@@ -50,6 +50,13 @@ def check_prompts(prompts: list[list[int]], rows: int) -> None:
             )
 
 
+def distinct(prompts: list[list[int]]) -> tuple[list[list[int]], list[int]]:
+    """The different ones among the prompts, and which of those each of them is."""
+    number: dict[tuple[int, ...], int] = {}
+    which = [number.setdefault(tuple(prompt), len(number)) for prompt in prompts]
+    return [list(prompt) for prompt in number], which
+
+
 def check_rewind(cached: list[int], lengths: list[int]) -> None:
     """Raise a ValueError for rows that have not ``lengths[b]`` cached positions."""
     if len(lengths) != len(cached) or not all(

@@ -149,10 +149,10 @@ def have_equal_files(one: Path, other: Path) -> bool:
     if not is_file(one / FILE):
         return False  # what others are may be for transformers to say
     for name in (*FILES, SPECIAL, ADDED):
-        there = is_file(one / name), is_file(other / name)
-        if any(there) and not (
-            all(there) and cmp(one / name, other / name, shallow=False)
-        ):
+        here, there = is_file(one / name), is_file(other / name)
+        if here != there:
+            return False
+        if here and not cmp(one / name, other / name, shallow=False):
             return False
     return True
 
