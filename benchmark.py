@@ -77,12 +77,14 @@ def numbers(text: str) -> list[float]:
 
 
 def positive(text: str) -> int:
+    """``3`` as a number above 0."""
     if not text.isdecimal() or int(text) < 1:
         raise ArgumentTypeError(f"'{text}' is not a whole number above 0")
     return int(text)
 
 
 def probability(text: str) -> float:
+    """``0.75`` as a number from 0 to 1."""
     with suppress(ValueError):
         if 0 <= float(text) <= 1:
             return float(text)
@@ -100,6 +102,11 @@ def writable(text: str) -> Path:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> Namespace:
+    """The flags, read.
+
+    Raises:
+        InputError: they are odd.
+    """
     parser = Parser(
         prog="benchmark.py", description=(__doc__ or "").partition("\n\n")[0]
     )
@@ -180,6 +187,11 @@ def cells(args: Namespace) -> list[Cell]:
 
 
 def main() -> None:
+    """Measure as the flags say; the table goes to stdout.
+
+    Raises:
+        InputError: the flags, the models or the prompts are not what they have to be.
+    """
     args = parse_arguments()
     swept = cells(args)
     require_matplotlib(args.plot)

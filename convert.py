@@ -96,6 +96,11 @@ def convert(
 
 
 def parse_arguments(arguments: list[str] | None = None) -> Namespace:
+    """The flags, read.
+
+    Raises:
+        InputError: they are odd.
+    """
     parser = Parser(prog="convert.py", description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument(
         "--model",
@@ -197,6 +202,11 @@ def say_defaults(folder: Path) -> None:
 
 
 def main() -> None:
+    """Convert, or list, as the flags say.
+
+    Raises:
+        InputError: as :func:`convert` and :func:`checkpoints.hub.fetch`.
+    """
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     arguments = parse_arguments()
     if arguments.list:

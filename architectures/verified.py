@@ -83,6 +83,7 @@ class Verified:
 
 
 def head_size(config: Config) -> int:
+    """The numbers of a head, where a config has no field for them."""
     return config["hidden_size"] // config["num_attention_heads"]
 
 

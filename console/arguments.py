@@ -15,6 +15,11 @@ DESCRIPTION = "Generate text with T5, several tokens per pass of the large model
 
 
 def parse_arguments(arguments: list[str] | None = None) -> Namespace:
+    """The flags, read.
+
+    Raises:
+        InputError: they are odd.
+    """
     parser = Parser(prog=NAME, description=DESCRIPTION)
     add = parser.add_argument
     add(

@@ -146,11 +146,13 @@ class SimulatedDrafter:
         self._random = np.random.default_rng(seed)
 
     def start(self, prompts: list[list[int]]) -> None:
+        """As :class:`Drafter` has it."""
         self._drafter.start(prompts)
 
     def propose(
         self, sequences: list[list[int]], num_draft: int, sampler: RoundSampler
     ) -> Draft:
+        """As :class:`Drafter` has it."""
         (sequence,) = sequences
         place = len(sequence) - 1  # the start token is not of the text
         right = self._text[place : place + num_draft]

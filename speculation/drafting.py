@@ -73,6 +73,7 @@ class ModelDrafter:
         self.positions = session.positions
 
     def start(self, prompts: list[list[int]]) -> None:
+        """As :class:`Drafter` has it."""
         firsts = self.session.start(prompts)
         # A row's cache holds `_agreed` positions that are known to be the committed
         # tokens', then those of the last proposal, which may have turned out wrong.
@@ -82,6 +83,7 @@ class ModelDrafter:
     def propose(
         self, sequences: list[list[int]], num_draft: int, sampler: RoundSampler
     ) -> Draft:
+        """As :class:`Drafter` has it."""
         self._settle(sequences)
         logits = self._catch_up(sequences)
         tokens: list[mx.array] = []

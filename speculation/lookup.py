@@ -18,12 +18,14 @@ class LookupDrafter:
     positions = None
 
     def start(self, prompts: list[list[int]]) -> None:
+        """As :class:`Drafter` has it."""
         self._prompts = prompts
         self._rows: list[_Occurrences] | None = None
 
     def propose(
         self, sequences: list[list[int]], num_draft: int, sampler: RoundSampler
     ) -> Draft:
+        """As :class:`Drafter` has it."""
         if self._rows is None:
             self._rows = [
                 _Occurrences([] if sequence[: len(prompt)] == prompt else prompt)
