@@ -14,18 +14,27 @@ H = heads, D = head size, V = vocabulary.
 import system.fast_blas  # noqa: F401  (before mlx: see there)
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Generator, Iterator
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import cycle, repeat
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 
 from checkpoints.config import T5Config
 from speculation.processors import ban
-from speculation.session import check_prompts, check_rewind, distinct
+from speculation.session import (
+    Arrival,
+    check_prompts,
+    check_rewind,
+    chunks,
+    distinct,
+    finish,
+    take_rows,
+)
 from system.device import FUSED, compute_early, on_cpu, on_gpu
 from system.memory import require_room
 
@@ -327,6 +336,13 @@ class T5(nn.Module):
         Returns:
             (B, S, d_model); rows at padding mean nothing.
         """
+        *_, source = self.encoding(tokens, padding)
+        return source
+
+    def encoding(
+        self, tokens: mx.array, padding: mx.array | None
+    ) -> Iterator[mx.array]:
+        """The same layer by layer: the stream after each, and in the end the result."""
         x = self._embed(tokens)
         batch, length = tokens.shape
         # One row of bias per distance, gathered to a square: [i, j] is at j - i.
@@ -339,7 +355,8 @@ class T5(nn.Module):
         for layer, bias in zip(self.encoder.layers, cycle(biases), strict=False):
             x = layer(x, bias, batch)
             compute_early(x)
-        return self.encoder.norm(x).reshape(batch, length, -1)
+            yield x
+        yield self.encoder.norm(x).reshape(batch, length, -1)
 
     def decode(
         self, tokens: mx.array, caches: list["LayerCache"], step: "Step"
@@ -422,15 +439,22 @@ class Step:
         return mx.put_along_axis(cache, mx.broadcast_to(self._at, new.shape), new, 2)
 
 
+def source_room(length: int) -> int:
+    """The source length that caches have for prompts up to this one: few different
+    ones, by up to a quarter larger."""
+    step = max(16, 1 << max(0, (length - 1).bit_length() - 3))
+    return -(-length // step) * step
+
+
 class T5Session:
     """One T5 and the decoding state of one batch of prompts.
 
-    The caches have room for C positions, which doubles when it is used up. A row's
-    length is how many of them count; what lies beyond is masked and later overwritten,
-    so a rewind only changes lengths.
+    The caches have room for C positions, which doubles when it is used up, and for S
+    tokens of a source. A row's length is how many positions count; what lies beyond is
+    masked and later overwritten, so a rewind only changes lengths.
     """
 
-    first_capacity = 64  # positions that a batch's caches begin with
+    first_capacity = 16  # positions that a batch's caches begin with
 
     def __init__(
         self,
@@ -449,12 +473,14 @@ class T5Session:
         self.positions = None  # a relative position bias has no end
         self.batches = True
         self.has_encoder = True
-        self.lengths: list[int] = []
-        self._caches: list[LayerCache] = []
+        self.parameters = sum(
+            weight.size for _, weight in tree_flatten(model.parameters())
+        )
         self._bias_of: dict[int, list[mx.array]] = {}  # by capacity
         self._ban: mx.array | None = None
         if banned:
             self._ban = ban(self.vocabulary, banned).astype(model.dtype)
+        self.forget()
 
     def start(self, prompts: list[list[int]]) -> list[list[int]]:
         """Encode a batch of prompts (B lists of ids, none empty) and reset the state.
@@ -468,6 +494,62 @@ class T5Session:
             PromptError: an empty prompt, or an id that the embedding has no row for.
             TooLongError: the memory does not do; nothing has been computed.
         """
+        sources = finish(self._encode(prompts, beside=False))
+        self._capacity = self.first_capacity
+        # One for all: the first write to it makes a copy.
+        shape = (*sources[0][0].shape[:2], self._capacity, sources[0][0].shape[3])
+        self._empty = mx.zeros(shape, sources[0][0].dtype)
+        self._caches = [LayerCache(self._empty, self._empty, *kv) for kv in sources]
+        self.lengths = [0] * len(prompts)
+        self._sources = [len(prompt) for prompt in prompts]
+        self._find_padding()
+        mx.eval([vars(cache) for cache in self._caches])
+        return [[self.model.config.start_token] for _ in prompts]
+
+    def put(self, rows: list[int], prompts: list[list[int]]) -> Arrival:
+        """Encode prompts for some rows of the batch, in chunks of layers where they are
+        long; the others may be extended whenever this yields.
+
+        Raises:
+            PromptError, TooLongError: as :meth:`start`; the rows are what they were.
+        """
+        sources = yield from self._encode(prompts, beside=True)
+        for row, prompt in zip(rows, prompts, strict=True):
+            self.lengths[row] = 0
+            self._sources[row] = len(prompt)
+        self._fit()
+        at = mx.array(rows)
+        room = self._caches[0].source_keys.shape[2]
+        widths = [(0, 0), (0, 0), (0, room - sources[0][0].shape[2]), (0, 0)]
+        for cache, (k, v) in zip(self._caches, sources, strict=True):
+            cache.source_keys[at] = mx.pad(k, widths)
+            cache.source_values[at] = mx.pad(v, widths)
+            if cache.keys is not self._empty:
+                # What a row of NaN has left is masked, and would spread all the same.
+                cache.keys[at] = 0
+                cache.values[at] = 0
+        mx.eval([vars(cache) for cache in self._caches])
+        return [[self.model.config.start_token] for _ in prompts]
+
+    def take(self, rows: list[int], blank: int = 0) -> None:
+        """Have these rows instead, of which some may be the same, and behind them some
+        that are nobody's: they may be fed, and mean nothing."""
+        for cache in self._caches:
+            for name, array in vars(cache).items():
+                setattr(cache, name, take_rows(array, rows, blank))
+        self.lengths = [self.lengths[row] for row in rows] + [0] * blank
+        self._sources = [self._sources[row] for row in rows] + [1] * blank
+        self._fit()
+        mx.eval([vars(cache) for cache in self._caches])
+
+    def _encode(
+        self, prompts: list[list[int]], beside: bool
+    ) -> Generator[None, None, list[tuple[mx.array, mx.array]]]:
+        """The keys and values (B, H, S, D) of prompts for each layer of the decoder.
+
+        Args:
+            beside: whether others wait, for whom this yields.
+        """
         check_prompts(prompts, self.model.config.vocab_size)
         once, copy_of = distinct(prompts)
         longest = max(map(len, once))
@@ -475,32 +557,50 @@ class T5Session:
         size = self._encoding_bytes(len(once), longest, len(prompts), ragged)
         require_room(longest, size)
         tokens = np.zeros((len(once), longest), np.int32)
-        padding = np.full((len(once), 1, 1, longest), -np.inf, np.float32)
         for row, prompt in enumerate(once):
             tokens[row, : len(prompt)] = prompt
-            padding[row, ..., : len(prompt)] = 0
-        mask = mx.array(padding).astype(self.model.dtype) if ragged else None
-        source = self.model.encode(mx.array(tokens), mask)
-
-        def spread(rows: mx.array) -> mx.array:
-            """One row for each different prompt -> one for each prompt."""
-            return rows if len(once) == len(prompts) else rows[mx.array(copy_of)]
-
-        self._padding = spread(mask) if ragged else None
-        self._caches = []
-        self._capacity = self.first_capacity
-        empty = None
+        mask = self._mask([len(prompt) for prompt in once], longest)
+        steps = self.model.encoding(mx.array(tokens), mask)
+        layer = tokens.size // len(self.model.encoder.layers)
+        for source, long in zip(steps, chunks(repeat(layer)), strict=False):
+            if long and beside:
+                mx.eval(source)
+                yield
+        sources = []
         for layer in self.model.decoder.layers:
-            k, v = map(spread, layer.cross_attention.project_source(source))
+            k, v = layer.cross_attention.project_source(source)
+            if len(once) < len(prompts):
+                k, v = k[mx.array(copy_of)], v[mx.array(copy_of)]
             compute_early(k, v)
-            if empty is None:
-                # One for all: the first write to it makes a copy.
-                shape = (*k.shape[:2], self._capacity, k.shape[3])
-                empty = mx.zeros(shape, k.dtype)
-            self._caches.append(LayerCache(empty, empty, k, v))
-        self.lengths = [0] * len(prompts)
-        mx.eval([vars(cache) for cache in self._caches])
-        return [[self.model.config.start_token] for _ in prompts]
+            sources.append((k, v))
+        return sources
+
+    def _mask(self, lengths: list[int], room: int) -> mx.array | None:
+        """Additive mask (B, 1, 1, S) of sources so long; None where S is no more."""
+        if min(lengths) == room:
+            return None
+        padding = np.where(np.arange(room) < np.array(lengths)[:, None], 0, -np.inf)
+        return mx.array(padding[:, None, None].astype(np.float32)).astype(
+            self.model.dtype
+        )
+
+    def _find_padding(self) -> None:
+        room = self._caches[0].source_keys.shape[2]
+        self._padding = self._mask(self._sources, room)
+
+    def _fit(self) -> None:
+        """Have as much room as the rows ask for, in a few sizes: not much more."""
+        room = self._caches[0].source_keys.shape[2]
+        longest = max(self._sources)
+        wanted = source_room(longest)
+        if longest > room or wanted <= room // 2:
+            for cache in self._caches:
+                cache.source_keys = _with_room(cache.source_keys, wanted)
+                cache.source_values = _with_room(cache.source_values, wanted)
+        self._find_padding()
+        wanted = self._room_for(max(self.lengths) + 1)
+        if wanted <= self._capacity // 4:
+            self._have_capacity(wanted)
 
     def extend(self, tokens: mx.array) -> mx.array:
         """Append tokens (B, T), each row at its own length.
@@ -530,7 +630,19 @@ class T5Session:
 
     def forget(self) -> None:
         """Drop the batch and its caches."""
-        self.lengths, self._caches = [], []
+        self.lengths: list[int] = []
+        self._sources: list[int] = []  # tokens of each row's source
+        self._caches: list[LayerCache] = []
+        self._padding = self._empty = None
+
+    def batch_bytes(self, rows: int, prompt: int, answer: int) -> int:
+        """What the caches of a batch take with prompts and answers of up to so many
+        tokens, and a pass over one token of each row."""
+        config = self.model.config
+        inner = config.num_heads * config.d_kv
+        positions = source_room(prompt) + self._room_for(answer)
+        numbers = 2 * config.num_decoder_layers * inner * positions + self.vocabulary
+        return rows * numbers * self.model.dtype.size
 
     def _encoding_bytes(
         self, prompts: int, length: int, rows: int, ragged: bool
@@ -555,15 +667,20 @@ class T5Session:
         numbers = 2 * prompts * length * layer + max(squares * length**2, sources)
         return numbers * self.model.dtype.size * 11 // 10
 
+    def _room_for(self, length: int) -> int:
+        """The capacity for so many positions."""
+        return max(self.first_capacity, 1 << (length - 1).bit_length())
+
     def _reserve(self, length: int) -> None:
-        """Make room for ``length`` positions, zeroed: masked NaN would still spread."""
-        if length <= self._capacity:
-            return
-        capacity = 1 << (length - 1).bit_length()
-        widths = [(0, 0), (0, 0), (0, capacity - self._capacity), (0, 0)]
+        """Make room for ``length`` positions."""
+        if length > self._capacity:
+            self._have_capacity(self._room_for(length))
+
+    def _have_capacity(self, capacity: int) -> None:
         for cache in self._caches:
-            cache.keys = mx.pad(cache.keys, widths)
-            cache.values = mx.pad(cache.values, widths)
+            cache.keys = _with_room(cache.keys, capacity)
+            cache.values = _with_room(cache.values, capacity)
+        self._empty = None
         self._capacity = capacity
 
     def _biases(self) -> list[mx.array]:
@@ -578,3 +695,12 @@ class T5Session:
             mx.eval(biases)  # used by every pass, of every prompt
             self._bias_of[self._capacity] = biases
         return self._bias_of[self._capacity]
+
+
+def _with_room(cache: mx.array, room: int) -> mx.array:
+    """A cache (B, H, C, D) with another C; what is new is zero: masked NaN would still
+    spread."""
+    more = room - cache.shape[2]
+    if more < 0:
+        return mx.contiguous(cache[:, :, :room])
+    return mx.pad(cache, [(0, 0), (0, 0), (0, more), (0, 0)])

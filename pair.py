@@ -175,7 +175,6 @@ class Pair:
                 draft_folder, tokenizer, vocabulary, unverified
             )
             drafter = ModelDrafter(session)
-        # After the draft: the threads are to fit the target.
         target = architecture.open_session(folder, tokenizer, vocabulary, unverified)
         ends = architecture.eos_tokens(folder, tokenizer)
         pair = cls(target, tokenizer, ends, drafter)
@@ -321,7 +320,7 @@ class Pair:
                 streams=streams[first:end],
                 **options,
             ):
-                yield replace(commit, row=first + commit.row)
+                yield replace(commit, id=first + commit.id)
                 if self._latest is not mine:
                     raise RuntimeError("another generation has begun on this pair")
 
@@ -356,7 +355,7 @@ def _by_row(commits: Iterator[Commit], count: int) -> list[Iterator[Commit]]:
                 commit = next(commits, None)
                 if commit is None:
                     return  # it ended in an error, which another row has raised
-                waiting[commit.row].append(commit)
+                waiting[commit.id].append(commit)
             commit = waiting[row].popleft()
             reason = commit.finish_reason
             yield commit

@@ -9,11 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from architectures.parameters import parameter_count
 from checkpoints.config import Special, find_size, with_text
 from checkpoints.converted import CONFIG, GENERATION_CONFIG
 from speculation.session import Session
-from system import fast_blas
 from system.errors import InputError
 from system.files import is_file, read_json, typed
 from text.tokenizer import Tokenizer
@@ -122,7 +120,6 @@ def open_session(
             f"{folder / CONFIG} has a vocab_size that its weights have not: "
             f"{vocabulary} ids, and {found.rows} rows"
         )
-    fast_blas.fit_threads(parameter_count(found.model))
     return CausalSession(
         found.model,
         vocabulary,

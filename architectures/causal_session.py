@@ -4,7 +4,8 @@ mlx-lm computes the forward pass (:mod:`causal_model`); prefill, extending and r
 to a length are here.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from copy import copy
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,9 +13,16 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
+from architectures.parameters import parameter_count
 from architectures.row_cache import ROOM, RowCache
 from speculation.processors import ban
-from speculation.session import check_prompts, check_rewind, distinct
+from speculation.session import (
+    CHUNK,
+    Arrival,
+    check_prompts,
+    check_rewind,
+    distinct,
+)
 from system.device import FUSED, on_cpu
 from system.errors import InputError, TooLongError
 from system.memory import require_room
@@ -54,10 +62,12 @@ class CausalSession:
         self.positions = positions
         self.batches = batches
         self.has_encoder = False
+        self.parameters = parameter_count(model)
         self.lengths: list[int] = []
         self._ban = ban(vocabulary, banned) if banned else None
-        # What was fed to a single row: (place, tokens) in order.
-        self._fed: list[tuple[int, mx.array]] = []
+        # What was fed to a single row, (place, tokens) in order; None for what it was
+        # taken from.
+        self._fed: list[tuple[int, mx.array]] | None = []
         caches = make_prompt_cache(model)
         for cache in caches:
             if type(cache) is not KVCache:
@@ -94,6 +104,55 @@ class CausalSession:
             TooLongError: one that leaves no position to write to, or for which the
                 memory does not do.
         """
+        self._check(prompts)
+        once, copy_of = distinct(prompts)
+        known = 0
+        if len(once) == 1:
+            known = self._reuse(prompts[0])
+        else:
+            self._begin(len(once))
+        self._require_room(once, known, len(prompts))
+        for _ in self._prefill(once, known, PREFILL):
+            pass
+        if len(once) < len(prompts):
+            self.take(copy_of)
+        self.lengths = [len(prompt) - 1 for prompt in prompts]
+        return [list(prompt) for prompt in prompts]
+
+    def put(self, rows: list[int], prompts: list[list[int]]) -> Arrival:
+        """Prefill prompts for some rows of the batch, a chunk at a time; the others may
+        be extended whenever this yields.
+
+        Raises:
+            PromptError, TooLongError: as :meth:`start`; the rows are what they were.
+        """
+        self._check(prompts)
+        once, copy_of = distinct(prompts)
+        self._require_room(once, 0, len(prompts))
+        apart = copy(self)  # the same model, caches of its own
+        apart._begin(len(once))
+        for _ in apart._prefill(once, 0, CHUNK):
+            yield
+        self._fed = None
+        for mine, theirs in zip(self._caches, apart._caches, strict=True):
+            mine.put(rows, theirs, copy_of)
+        for row, prompt in zip(rows, prompts, strict=True):
+            self.lengths[row] = len(prompt) - 1
+        mx.eval([(cache.keys, cache.values) for cache in self._caches])
+        return [list(prompt) for prompt in prompts]
+
+    def take(self, rows: list[int], blank: int = 0) -> None:
+        """Have these rows instead, of which some may be the same, and behind them some
+        that are nobody's: they may be fed, and mean nothing."""
+        lengths = [self.lengths[row] for row in rows] + [0] * blank
+        self.lengths = []  # as in _begin
+        self._fed = None
+        for cache in self._caches:
+            cache.take(rows, blank)
+        mx.eval([(cache.keys, cache.values) for cache in self._caches])
+        self.lengths = lengths
+
+    def _check(self, prompts: list[list[int]]) -> None:
         check_prompts(prompts, self.vocabulary)
         for prompt in prompts:
             if self.positions and len(prompt) >= self.positions:
@@ -101,33 +160,28 @@ class CausalSession:
                     f"the prompt has {len(prompt)} tokens, but the model has positions "
                     f"for {self.positions} with its answer: shorten it"
                 )
-        once, copy_of = distinct(prompts)
-        known = 0
-        if len(once) == 1:
-            known = self._reuse(prompts[0])
-        else:
-            self._begin(len(once))
-        longest = max(map(len, once)) - 1
-        if longest > known:
-            size = self._prefill_bytes(len(once), known, longest, len(prompts))
-            require_room(longest + 1, size)
-        self._prefill(once, known)
-        if len(once) < len(prompts):
-            self.lengths = []  # as in _begin
-            for cache in self._caches:
-                cache.take(copy_of)
-        self.lengths = [len(prompt) - 1 for prompt in prompts]
-        return [list(prompt) for prompt in prompts]
 
-    def _prefill(self, prompts: list[list[int]], known: int) -> None:
-        """Feed prompts, a row each, but their last tokens and the ``known`` first."""
+    def _require_room(self, prompts: list[list[int]], known: int, copies: int) -> None:
+        longest = max(map(len, prompts)) - 1
+        if longest > known:
+            size = self._prefill_bytes(len(prompts), known, longest, copies)
+            require_room(longest + 1, size)
+
+    def _prefill(
+        self, prompts: list[list[int]], known: int, chunk: int
+    ) -> Iterator[None]:
+        """Feed prompts, a row each, but their last tokens and the ``known`` first; so
+        many tokens of all of them at a time, and a pause between."""
         longest = max(map(len, prompts)) - 1
         tokens = np.zeros((len(prompts), longest), np.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt) - 1] = prompt[:-1]
         self.lengths = [known] * len(prompts)
-        for place in range(known, longest, PREFILL):
-            self.extend(mx.array(tokens[:, place : place + PREFILL]))
+        size = max(1, chunk // len(prompts)) if chunk < PREFILL else chunk
+        for place in range(known, longest, size):
+            if place > known:
+                yield
+            self.extend(mx.array(tokens[:, place : place + size]))
             # Not the logits: a head over every position would take the most memory.
             mx.eval([(cache.keys, cache.values) for cache in self._caches])
         self.rewind([len(prompt) - 1 for prompt in prompts])
@@ -138,7 +192,7 @@ class CausalSession:
         Returns:
             Logits (B, T, vocabulary): those at [b, t] are for the token after it.
         """
-        if len(self.lengths) == 1:
+        if len(self.lengths) == 1 and self._fed is not None:
             self._fed.append((self.lengths[0], tokens))
         logits = self.model(tokens, cache=self._caches)
         self.lengths = [length + tokens.shape[1] for length in self.lengths]
@@ -162,6 +216,14 @@ class CausalSession:
         """Drop the batch and its caches: nothing of it is kept for the next prompt."""
         self._begin(rows=0)
 
+    def batch_bytes(self, rows: int, prompt: int, answer: int) -> int:
+        """What the caches of a batch take with prompts and answers of up to so many
+        tokens, and a pass over one token of each row."""
+        room = -(-(prompt + answer) // ROOM) * ROOM
+        return rows * (
+            self._position_bytes * room + self.vocabulary * self._dtype.size
+        )
+
     def _prefill_bytes(self, rows: int, known: int, length: int, copies: int) -> int:
         """What prefilling takes at once, of ``rows`` prompts up to this length, that
         become ``copies`` rows.
@@ -182,7 +244,7 @@ class CausalSession:
 
     def _reuse(self, prompt: list[int]) -> int:
         """Keep of the cache what ``prompt`` begins with; how many positions that is."""
-        if len(self.lengths) != 1:
+        if len(self.lengths) != 1 or self._fed is None:
             self._begin(rows=1)
         held: list[int] = []
         for place, tokens in self._fed:

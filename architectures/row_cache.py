@@ -4,6 +4,8 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import KVCache, create_attention_mask
 
+from speculation.session import take_rows
+
 ROOM = 256  # positions by which a cache grows
 
 
@@ -57,12 +59,37 @@ class RowCache(KVCache):
         self.rewind([max(length - count, 0) for length in self._lengths.tolist()])
         return before - self._longest
 
-    def take(self, rows: list[int]) -> None:
-        """Have these rows instead, of which some may be the same."""
+    def take(self, rows: list[int], blank: int = 0) -> None:
+        """Have these rows instead, of which some may be the same, and so many empty
+        ones behind them; not much more room than they need."""
+        lengths = [*self._lengths[rows].tolist(), *[0] * blank]
         if self.keys is not None:  # of a prompt of one token nothing is fed
-            places = mx.array(rows)
-            self.keys, self.values = self.keys[places], self.values[places]
-        self.rewind(self._lengths[rows].tolist())
+            room = _rounded(max(lengths, default=0))
+            if room > self.keys.shape[2] // 2:
+                room = self.keys.shape[2]
+            self.keys = take_rows(self.keys[:, :, :room], rows, blank)
+            self.values = take_rows(self.values[:, :, :room], rows, blank)
+        self.rewind(lengths)
+
+    def put(self, rows: list[int], other: "RowCache", which: list[int]) -> None:
+        """Have another cache's rows, ``which[i]`` of it as ``rows[i]``; what these had
+        is gone, as masked NaN would spread."""
+        lengths = self._lengths.tolist()
+        for row, its in zip(rows, which, strict=True):
+            lengths[row] = int(other._lengths[its])
+        at, of = mx.array(rows), mx.array(which)
+        for name in ("keys", "values"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if theirs is None:  # prompts of one token
+                if mine is not None:
+                    mine[at] = 0
+                continue
+            if mine is None:
+                mine = mx.zeros((len(lengths), *theirs.shape[1:]), theirs.dtype)
+            mine, theirs = _with_room(mine, theirs), _with_room(theirs, mine)
+            mine[at] = theirs[of]
+            setattr(self, name, mine)
+        self.rewind(lengths)
 
     def make_mask(
         self, size: int, return_array: bool = False, window_size: int | None = None
@@ -98,7 +125,7 @@ class RowCache(KVCache):
         batch, heads, size, head_size = new.shape
         have = 0 if held is None else held.shape[2]
         if end > have:
-            room = -(-end // ROOM) * ROOM - have
+            room = _rounded(end) - have
             empty = mx.zeros((batch, heads, room, head_size), new.dtype)
             held = empty if held is None else mx.concatenate([held, empty], axis=2)
         if self._together:
@@ -107,3 +134,15 @@ class RowCache(KVCache):
         places = self._lengths[:, None] + np.arange(size, dtype=np.int32)
         at = mx.broadcast_to(mx.array(places[:, None, :, None]), new.shape)
         return mx.put_along_axis(held, at, new, 2)
+
+
+def _rounded(positions: int) -> int:
+    return max(1, -(-positions // ROOM)) * ROOM
+
+
+def _with_room(cache: mx.array, other: mx.array) -> mx.array:
+    """A cache (B, H, C, D) with at least the other's positions, the new ones zero."""
+    more = other.shape[2] - cache.shape[2]
+    if more <= 0:
+        return cache
+    return mx.pad(cache, [(0, 0), (0, 0), (0, more), (0, 0)])

@@ -14,7 +14,6 @@ from checkpoints.converted import WEIGHTS, MappedWeights
 from checkpoints.sources import Steps, Tensor
 from model import T5, T5Session
 from speculation.session import Session
-from system import fast_blas
 from system.device import prepare
 from system.memory import prepare_memory
 from text.tokenizer import Tokenizer
@@ -80,13 +79,11 @@ def session(
 ) -> T5Session:
     """The model, as fast as this device can run it, with a batch's decoding state.
 
-    Whatever else holds the model's weights, loses them: see :func:`slim.slim`. A pair's
-    target comes last, as the threads are those that fit the last.
+    Whatever else holds the model's weights, loses them: see :func:`slim.slim`.
 
     Args:
         vocabulary, banned: of :class:`model.T5Session`.
     """
-    fast_blas.fit_threads(parameter_count(model))
     slim(model)
     return T5Session(model, vocabulary, banned)
 

@@ -6,6 +6,7 @@ else another. So a round costs what it would cost, and accepts what it is told t
 """
 
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -14,7 +15,8 @@ from architectures import t5
 from checkpoints.config import T5Config
 from checkpoints.converted import CONFIG
 from decoder import Stats, generate
-from speculation.drafting import Draft, ModelDrafter
+from speculation.acceptance import Draft
+from speculation.drafting import ModelDrafter
 from speculation.samplers import RoundSampler
 from system.errors import InputError
 from system.files import read_json
@@ -96,7 +98,7 @@ class SimulatedPair:
             for config, name in zip(configs, (target, draft), strict=True)
         ]
         drafting = t5.session(models[1], vocabulary)
-        self.target = t5.session(models[0], vocabulary)  # last: see there
+        self.target = t5.session(models[0], vocabulary)
         self.drafter = SimulatedDrafter(ModelDrafter(drafting), vocabulary, alpha)
         self._max_tokens = max_tokens
         self._texts: dict[int, list[int]] = {}
@@ -149,6 +151,9 @@ class SimulatedDrafter:
         """As :class:`Drafter` has it."""
         self._drafter.start(prompts)
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._drafter, name)
+
     def propose(
         self, sequences: list[list[int]], num_draft: int, sampler: RoundSampler
     ) -> Draft:
@@ -167,7 +172,7 @@ class _Told:
     """Chooses the tokens that it is told to, when the draft's own are computed."""
 
     def __init__(self, sampler: RoundSampler, tokens: mx.array):
-        self.eos_tokens = sampler.eos_tokens
+        self.ends = sampler.ends
         self._sampler = sampler
         self._tokens = tokens
 

@@ -10,9 +10,10 @@ from tqdm import tqdm
 
 from decoder import launch
 from measuring.variants import Answer, Cell, Variant
-from speculation.drafting import Draft, Drafter
+from speculation.acceptance import Draft
+from speculation.drafting import Drafter
 from speculation.lookup import LookupDrafter
-from speculation.samplers import BatchSampler
+from speculation.samplers import RoundSampler, RowSampler, Rules
 from speculation.session import Session
 from system.errors import say
 
@@ -95,7 +96,7 @@ def step_cost(
     mx.eval(target.extend(mx.array([sequence[len(begin) - 1 : -1]])))
     known = len(sequence) - 1
     drafter.start([ids])
-    batch_sampler = BatchSampler(cell.sampling, [begin], vocabulary)
+    row = RowSampler(Rules(vocabulary, cell.sampling, cell.delta), sequence)
     tokens = mx.array(rng.integers(0, vocabulary, (1, size)).astype(np.int32))
     probs = None
     if cell.temperature:
@@ -104,18 +105,14 @@ def step_cost(
 
     def judge(draft: Draft | None) -> float:
         began = time.perf_counter()
-        mx.eval(
-            launch(
-                target, batch_sampler.round([sequence], size), draft, cell.delta
-            ).report
-        )
+        mx.eval(launch(target, RoundSampler([row], size), draft).report)
         seconds = time.perf_counter() - began
         target.rewind([known])
         return seconds
 
     def draft() -> float:
         began = time.perf_counter()
-        sampler = batch_sampler.round([sequence], size)
+        sampler = RoundSampler([row], size)
         mx.eval(drafter.propose([sequence], size, sampler).tokens)
         return time.perf_counter() - began
 

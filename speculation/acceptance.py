@@ -6,11 +6,28 @@ arXiv 2211.17192.
 """
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import mlx.core as mx
 
 from speculation.sampling import draw
+
+
+@dataclass
+class Draft:
+    """Proposed tokens for one round.
+
+    Attributes:
+        tokens: (B, K) int32, right-padded.
+        probs: (B, K, V) float32, the q that each token was drawn from; None when each
+            was certain: greedy drafts, looked up ones.
+        counts: how many of the K are real, row by row; None when all are.
+    """
+
+    tokens: mx.array
+    probs: mx.array | None = None
+    counts: list[int] | None = None
 
 
 class Verdict(NamedTuple):

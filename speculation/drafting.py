@@ -6,34 +6,19 @@ that a fully accepted round, a rejection, a round that somebody else drafted and
 without a draft are all the same case.
 """
 
+from collections.abc import Generator
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
 from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
 
+from speculation.acceptance import Draft
 from speculation.samplers import RoundSampler
 from speculation.session import Session
 
 #: Draft steps after which a step's token is looked at: nothing is of use behind an end.
 LOOK_BACK = 16
-
-
-@dataclass
-class Draft:
-    """Proposed tokens for one round.
-
-    Attributes:
-        tokens: (B, K) int32, right-padded.
-        probs: (B, K, V) float32, the q that each token was drawn from; None when each
-            was certain: greedy drafts, looked up ones.
-        counts: how many of the K are real, row by row; None when all are.
-    """
-
-    tokens: mx.array
-    probs: mx.array | None = None
-    counts: list[int] | None = None
 
 
 class Drafter(Protocol):
@@ -48,6 +33,14 @@ class Drafter(Protocol):
     def start(self, prompts: list[list[int]]) -> None:
         """Prepare for a batch of prompts (B lists of token ids)."""
 
+    def put(
+        self, rows: list[int], prompts: list[list[int]]
+    ) -> Generator[None, None, None]:
+        """The same for some rows of a batch, as :meth:`Session.put` does it."""
+
+    def take(self, rows: list[int], blank: int = 0) -> None:
+        """As :meth:`Session.take`."""
+
     def propose(
         self, sequences: list[list[int]], num_draft: int, sampler: RoundSampler
     ) -> Draft:
@@ -55,10 +48,14 @@ class Drafter(Protocol):
         would end before; wait for nothing that the device is not long done with.
 
         Args:
-            sequences: for each row the committed tokens, with those it started from.
+            sequences: for each row the committed tokens, with those it started from;
+                any token where a row is nobody's.
             num_draft: K, at least 1.
             sampler: chooses tokens from logits as the target will.
         """
+
+    def batch_bytes(self, rows: int, prompt: int, answer: int) -> int:
+        """As :meth:`Session.batch_bytes`."""
 
 
 class ModelDrafter:
@@ -79,6 +76,27 @@ class ModelDrafter:
         # tokens', then those of the last proposal, which may have turned out wrong.
         self._agreed = [len(first) - 1 for first in firsts]
         self._proposed: mx.array | None = None
+        self._fed: list[list[int]] = [[] for _ in firsts]
+
+    def put(
+        self, rows: list[int], prompts: list[list[int]]
+    ) -> Generator[None, None, None]:
+        """As :class:`Drafter` has it."""
+        firsts = yield from self.session.put(rows, prompts)
+        self._read_proposed()
+        for row, first in zip(rows, firsts, strict=True):
+            self._agreed[row], self._fed[row] = len(first) - 1, []
+
+    def take(self, rows: list[int], blank: int = 0) -> None:
+        """As :class:`Drafter` has it."""
+        self._read_proposed()
+        self.session.take(rows, blank)
+        self._agreed = [self._agreed[row] for row in rows] + [0] * blank
+        self._fed = [self._fed[row] for row in rows] + [[] for _ in range(blank)]
+
+    def batch_bytes(self, rows: int, prompt: int, answer: int) -> int:
+        """As :class:`Drafter` has it."""
+        return self.session.batch_bytes(rows, prompt, answer)
 
     def propose(
         self, sequences: list[list[int]], num_draft: int, sampler: RoundSampler
@@ -88,7 +106,8 @@ class ModelDrafter:
         logits = self._catch_up(sequences)
         tokens: list[mx.array] = []
         probs: list[mx.array | None] = []
-        ended = np.zeros(len(sequences), bool)
+        ended = np.array([not ends for ends in sampler.ends])
+        endless = ended.all()
         while True:
             token, q = sampler.draft(logits, tokens)
             mx.async_eval(token)  # it runs while the next step is being built
@@ -96,31 +115,36 @@ class ModelDrafter:
             probs.append(q)
             if len(tokens) == num_draft:
                 break
-            if len(tokens) > LOOK_BACK:
+            if len(tokens) > LOOK_BACK and not endless:
                 # Long done, while those after it wait for their turn: no time is lost.
-                old = np.array(tokens[-LOOK_BACK - 1])
-                ended |= np.isin(old, list(sampler.eos_tokens))
+                old = np.array(tokens[-LOOK_BACK - 1]).tolist()
+                ended |= [
+                    each in ends for each, ends in zip(old, sampler.ends, strict=True)
+                ]
                 if ended.all():
                     break
             logits = self.session.extend(token[:, None])[:, -1]
         self._proposed = mx.stack(tokens, axis=1)
         return Draft(self._proposed, None if q is None else mx.stack(probs, axis=1))
 
+    def _read_proposed(self) -> None:
+        """Bring what was fed of the last proposal to the host, where it is changed."""
+        if self._proposed is not None:
+            # Evaluated when the round was verified: this waits for nothing.
+            self._fed = np.array(self._proposed)[:, :-1].tolist()
+            self._proposed = None
+
     def _settle(self, sequences: list[list[int]]) -> None:
         """Count the cached positions that agree with what has been committed since."""
-        if self._proposed is None:
-            return
-        # Evaluated when the round was verified: this waits for nothing.
-        proposed = np.array(self._proposed).tolist()
-        self._proposed = None
+        self._read_proposed()
         for row, sequence in enumerate(sequences):
-            fed = proposed[row][:-1]
             # The last committed token has to be fed again for its logits.
             known = sequence[self._agreed[row] : -1]
-            for cached, committed in zip(fed, known, strict=False):
+            for cached, committed in zip(self._fed[row], known, strict=False):
                 if cached != committed:
                     break
                 self._agreed[row] += 1
+            self._fed[row] = []
 
     def _catch_up(self, sequences: list[list[int]]) -> mx.array:
         """Feed what each row lacks of its committed tokens; the logits after (B, V).

@@ -1,9 +1,13 @@
 """Drafting without a model: what followed the same words before."""
 
+from collections.abc import Generator
+from copy import copy
+
 import mlx.core as mx
 import numpy as np
 
-from speculation.drafting import Draft, up_to_end
+from speculation.acceptance import Draft
+from speculation.drafting import up_to_end
 from speculation.samplers import RoundSampler
 
 
@@ -19,23 +23,39 @@ class LookupDrafter:
 
     def start(self, prompts: list[list[int]]) -> None:
         """As :class:`Drafter` has it."""
-        self._prompts = prompts
-        self._rows: list[_Occurrences] | None = None
+        self._rows = [_Occurrences(prompt) for prompt in prompts]
+
+    def put(
+        self, rows: list[int], prompts: list[list[int]]
+    ) -> Generator[None, None, None]:
+        """As :class:`Drafter` has it."""
+        for row, prompt in zip(rows, prompts, strict=True):
+            self._rows[row] = _Occurrences(prompt)
+        yield from ()
+
+    def take(self, rows: list[int], blank: int = 0) -> None:
+        """As :class:`Drafter` has it."""
+        taken: dict[int, _Occurrences] = {}
+        found = []
+        for row in rows:
+            found.append(taken[row].copy() if row in taken else self._rows[row])
+            taken[row] = self._rows[row]
+        self._rows = [*found, *(_Occurrences([]) for _ in range(blank))]
+
+    def batch_bytes(self, rows: int, prompt: int, answer: int) -> int:
+        """As :class:`Drafter` has it."""
+        return 0
 
     def propose(
         self, sequences: list[list[int]], num_draft: int, sampler: RoundSampler
     ) -> Draft:
         """As :class:`Drafter` has it."""
-        if self._rows is None:
-            self._rows = [
-                _Occurrences([] if sequence[: len(prompt)] == prompt else prompt)
-                for prompt, sequence in zip(self._prompts, sequences, strict=True)
-            ]
         found = [
-            row.after(sequence, num_draft)
-            for row, sequence in zip(self._rows, sequences, strict=True)
+            up_to_end(row.after(sequence, num_draft), ends)
+            for row, sequence, ends in zip(
+                self._rows, sequences, sampler.ends, strict=True
+            )
         ]
-        found = [up_to_end(tokens, sampler.eos_tokens) for tokens in found]
         counts = [len(tokens) for tokens in found]
         padded = np.zeros((len(found), max(counts)), np.int32)  # maybe no column
         for row, tokens in enumerate(found):
@@ -48,16 +68,30 @@ class _Occurrences:
 
     SIZES = (4, 3, 2)  # of n-grams, the longest match first
 
-    def __init__(self, source: list[int]):
-        """``source``: text to look in beside the row's own, maybe none."""
-        self._text = [*source, -1]  # which is in no n-gram that is looked for
-        self._own = len(self._text)  # where the row's own text begins
+    def __init__(self, prompt: list[int]):
+        """``prompt``: to look in as well, where the row's own text does not begin with
+        it."""
+        self._prompt: list[int] | None = prompt
+        self._text: list[int] = []
+        self._own = 0  # where the row's own text begins
         self._next: dict[tuple[int, ...], int] = {}  # n-gram -> the place after it
         self._indexed = 0
+
+    def copy(self) -> "_Occurrences":
+        """Another that goes on from the same text."""
+        other = copy(self)
+        other._text, other._next = list(self._text), dict(self._next)
+        return other
 
     def after(self, sequence: list[int], count: int) -> list[int]:
         """Up to ``count`` tokens that followed what ``sequence`` ends with."""
         text = self._text
+        if self._prompt is not None:
+            if sequence[: len(self._prompt)] != self._prompt:
+                text += self._prompt
+            text.append(-1)  # which is in no n-gram that is looked for
+            self._own = len(text)
+            self._prompt = None
         text += sequence[len(text) - self._own :]  # what was there has not changed
         # The last n-grams are left out: they would find themselves.
         for end in range(self._indexed + 1, len(text)):

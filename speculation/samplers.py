@@ -1,104 +1,119 @@
-"""Tokens drawn for a batch, round after round: the draft's and the target's alike.
+"""How the tokens of rows are chosen, round after round: the draft's and the target's
+alike.
 
 Shapes: B = batch, K = draft tokens, T = positions, V = vocabulary, L = length.
 """
 
 import math
 from collections.abc import Collection
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 import numpy as np
 
-from speculation.processors import Prefix
-from speculation.sampling import Sampling, draw
+from speculation.acceptance import Draft, Verdict, verify, verify_greedy
+from speculation.processors import Prefix, Processor
+from speculation.sampling import GREEDY, Sampling, draw
 from system.errors import InputError
 
 
-class BatchSampler:
-    """How a batch's tokens are chosen, round after round."""
+@dataclass(frozen=True, eq=False)
+class Rules:
+    """By what a row's tokens are chosen and judged; rows may share them.
+
+    Attributes:
+        vocabulary: V of the target; a draft's logits are cut or padded to it.
+        sampling: the seed aside, which is a row's own.
+        delta: of :func:`acceptance.verify_greedy` and :func:`acceptance.verify`.
+        eos_tokens: what ends a row, also for the processors that spare or ban it.
+        chain: the processors, in order.
+
+    Raises:
+        InputError: an id outside the vocabulary.
+    """
+
+    vocabulary: int
+    sampling: Sampling = GREEDY
+    delta: float = 0.0
+    eos_tokens: frozenset[int] = frozenset()
+    chain: tuple[Processor, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        chain = self.sampling.chain(self.vocabulary, self.eos_tokens)
+        object.__setattr__(self, "chain", chain)
+
+
+class RowSampler:
+    """What one row's choices depend on: its rules, random numbers and tokens so far.
+
+    Attributes:
+        rules: of the row; rows that share them are computed together.
+        last: the last committed token.
+    """
 
     def __init__(
         self,
-        sampling: Sampling,
-        starts: list[list[int]],
-        vocabulary: int,
-        *,
-        eos_tokens: Collection[int] = (),
-        prompts: list[list[int]] | None = None,
-        streams: list[tuple[int, ...]] | None = None,
+        rules: Rules,
+        start: list[int],
+        prompt: Collection[int] = (),
+        seed: int = 0,
+        stream: tuple[int, ...] = (0,),
     ):
         """
         Args:
-            starts: the tokens that each row's decoding starts from.
-            vocabulary: V of the target; a draft's logits are cut or padded to it.
-            eos_tokens: what ends a row, for the rules that spare or ban it.
-            prompts: what the rows answer, for the rules that look at it.
-            streams: what tells the rows' random numbers apart, beside the seed; by
-                default the row's number.
+            start: the tokens that its decoding starts from.
+            prompt: what it answers, for the processors that look at it.
+            seed, stream: what its random numbers depend on, and on nothing else.
 
         Raises:
-            InputError: an id outside the vocabulary.
+            InputError: a first token is forced where there is none to choose.
         """
-        self.sampling = sampling
-        self.vocabulary = vocabulary
-        self.chain = sampling.chain(vocabulary, eos_tokens)
-        self.eos_tokens = frozenset(eos_tokens)
-        self._round = 0
-        self._starts = np.array([len(start) for start in starts])
-        self._prompts = prompts or [[] for _ in starts]
-        if sampling.forced_bos_token_id is not None and self._starts.max() > 1:
+        if rules.sampling.forced_bos_token_id is not None and len(start) > 1:
             raise InputError(
                 "forced-bos-token-id is for models with an encoder: others have a "
                 "prompt where that token would be"
             )
+        self.rules = rules
+        self.last = start[-1]
         # Of its own for each row: its text must not depend on its neighbours.
-        self._random: list[_Random] = []
-        if not sampling.greedy:
-            keys = streams or [(row,) for row in range(len(starts))]
-            self._random = [_Random(sampling.seed, key) for key in keys]
+        self._random = None if rules.sampling.greedy else _Random(seed, stream)
+        self._round = 0
+        self._start = len(start)
+        self._length = 0
+        if rules.chain:  # nobody else asks
+            self._prompt = np.array(prompt, np.int32)
+            self._tokens = np.zeros(64 + len(start), np.int32)
+            self.append(start)
 
-    @cached_property
-    def prompt(self) -> mx.array:
-        """(B, S) int32, what each row answers, -1 beyond its end."""
-        padded = np.full(
-            (len(self._prompts), max(map(len, self._prompts))), -1, np.int32
-        )
-        for row, prompt in enumerate(self._prompts):
-            padded[row, : len(prompt)] = prompt
-        return mx.array(padded)
+    def append(self, tokens: list[int]) -> None:
+        """Take in tokens that were committed."""
+        self.last = tokens[-1]
+        if not self.rules.chain:
+            return
+        end = self._length + len(tokens)
+        if end > len(self._tokens):
+            grown = np.zeros(2 * end, np.int32)
+            grown[: self._length] = self._tokens[: self._length]
+            self._tokens = grown
+        self._tokens[self._length : end] = tokens
+        self._length = end
 
-    def round(
-        self,
-        sequences: list[list[int]],
-        num_draft: int = 0,
-        *,
-        following: mx.array | None = None,
-    ) -> "RoundSampler":
-        """The sampler of the next round.
-
-        Args:
-            sequences: for each row the committed tokens, with those it started from.
-            num_draft: the most tokens that it drafts.
-            following: (B,) the token after those, where only the device has it yet.
-        """
-        last = following
-        if last is None:
-            last = mx.array([sequence[-1] for sequence in sequences])
-        committed = generated = None
-        if self.chain:
-            if following is None:
-                sequences = [sequence[:-1] for sequence in sequences]
-            lengths = np.array([len(sequence) for sequence in sequences])
-            committed = np.full((len(sequences), lengths.max()), -1, np.int32)
-            for row, sequence in enumerate(sequences):
-                committed[row, len(committed[row]) - len(sequence) :] = sequence
-            generated = lengths + 1 - self._starts
+    def next_uniform(self, count: int) -> np.ndarray:
+        """The first ``count`` random numbers of the row's next round, in [0, 1)."""
         number, self._round = self._round, self._round + 1
-        size = 1 + 2 * num_draft
-        rows = [row.of_round(number, size) for row in self._random]
-        uniform = np.stack(rows) if rows else None
-        return RoundSampler(self, last, committed, generated, uniform)
+        return self._random.of_round(number, count)
+
+    def before(self, last: bool) -> np.ndarray:
+        """The committed tokens, with the ``last`` or without it."""
+        return self._tokens[: self._length - (not last)]
+
+    @property
+    def prompt(self) -> np.ndarray:
+        return self._prompt
+
+    def generated(self, length: int) -> int:
+        """How many of the row's first ``length`` tokens were generated."""
+        return length - self._start
 
 
 class _Random:
@@ -125,62 +140,49 @@ class _Random:
 class RoundSampler:
     """Chooses the tokens of one round, the draft's and the target's by the same rules.
 
-    Everything that it does stays on the device.
+    Everything that it does stays on the device. Rows that share their rules, as all of
+    a batch mostly do, are computed together.
 
     Attributes:
         last: (B,) the last committed token of each row.
-        eos_tokens: the ids that end a row.
+        ends: for each row the ids that end it.
     """
 
     def __init__(
         self,
-        batch_sampler: BatchSampler,
-        last: mx.array,
-        committed: np.ndarray | None,
-        generated: np.ndarray | None,
-        uniform: np.ndarray | None,
+        rows: list[RowSampler | None],
+        num_draft: int = 0,
+        following: mx.array | None = None,
     ):
         """
         Args:
-            committed: (B, L) the tokens before ``last``, left-padded with -1; None
-                where no processor asks for them.
-            generated: (B,) how many of the committed, ``last`` included, were
-                generated; likewise.
-            uniform: (B, 1 + 2K) in [0, 1): for the target's own token, then for each
-                of K draft tokens one to draw it by and one to judge it by; None when
-                greedy.
+            rows: None where nobody's tokens are: what is chosen there means nothing. At
+                least one is somebody's.
+            num_draft: the most tokens that are drafted.
+            following: (B,) the token after the committed ones, where only the device
+                has it yet.
         """
-        self.sampling = batch_sampler.sampling
-        self.eos_tokens = batch_sampler.eos_tokens
-        self.last = last
-        self._batch = batch_sampler
-        self._generated = generated
-        if uniform is not None:
-            self._drawing = mx.array(uniform[:, 1::2])
-            self._judging = mx.array(uniform[:, [0, *range(2, uniform.shape[1], 2)]])
-        if committed is not None:
-            self._committed = mx.array(committed)
-
-    def process(self, logits: mx.array, block: mx.array) -> mx.array:
-        """Apply the processors.
-
-        Args:
-            logits: (B, T, V) for the positions after the last T tokens of ``block``.
-            block: (B, T' >= T), the last committed token and what was drafted.
-        """
-        if not self._batch.chain:
-            return logits
-        size, positions = block.shape[1], logits.shape[1]
-        after = np.arange(size - positions, size)
-        prefix = Prefix(
-            mx.concatenate([self._committed, block], axis=1),
-            mx.array((self._generated[:, None] + after).astype(np.int32)),
-            self._batch.prompt,
-        )
-        logits = logits.astype(mx.float32)
-        for processor in self._batch.chain:
-            logits = processor(logits, prefix)
-        return logits
+        self.last = following
+        if following is None:
+            self.last = mx.array([row.last if row else 0 for row in rows])
+        self.ends = [row.rules.eos_tokens if row else frozenset() for row in rows]
+        # Nobody's rows are of the first group, so that one may be the whole batch.
+        first = next(row.rules for row in rows if row)
+        places: dict[Rules, list[int]] = {}
+        for place, row in enumerate(rows):
+            places.setdefault(row.rules if row else first, []).append(place)
+        self._groups = [
+            _Group(
+                rules,
+                [rows[place] for place in its],
+                num_draft,
+                self.last if len(places) == 1 else self.last[mx.array(its)],
+                following is not None,
+            )
+            for rules, its in places.items()
+        ]
+        self._rows = [mx.array(its) for its in places.values()]
+        self._order = mx.argsort(mx.concatenate(self._rows))
 
     def draft(
         self, logits: mx.array, drafted: list[mx.array]
@@ -192,21 +194,159 @@ class RoundSampler:
             drafted: (B,) each, the tokens that it proposed before.
 
         Returns:
-            The token (B,) int32, and q (B, V); None when the choice is greedy.
+            The token (B,) int32, and q (B, V); None when every choice is greedy.
         """
-        missing = self._batch.vocabulary - logits.shape[-1]
+        if len(self._groups) == 1:
+            return self._groups[0].draft(logits, drafted)
+        parts = [
+            group.draft(logits[rows], [tokens[rows] for tokens in drafted])
+            for group, rows in zip(self._groups, self._rows, strict=True)
+        ]
+        sampled = next((q for _, q in parts if q is not None), None)
+        if sampled is not None:  # a greedy row's q is not looked at
+            none = mx.zeros_like(sampled[:1])
+            sampled = self._join(
+                mx.broadcast_to(none, (len(token), none.shape[1])) if q is None else q
+                for token, q in parts
+            )
+        return self._join(token for token, _ in parts), sampled
+
+    def judge(self, logits: mx.array, draft: Draft) -> Verdict:
+        """What becomes of a draft, by the rule that goes with how tokens are chosen.
+
+        Args:
+            logits: (B, K + 1, V) of the target.
+        """
+        counts = None if draft.counts is None else mx.array(draft.counts)
+        if len(self._groups) == 1:
+            return self._groups[0].judge(logits, draft.tokens, draft.probs, counts)
+        verdicts = [
+            group.judge(
+                logits[rows],
+                draft.tokens[rows],
+                None if draft.probs is None else draft.probs[rows],
+                None if counts is None else counts[rows],
+            )
+            for group, rows in zip(self._groups, self._rows, strict=True)
+        ]
+        return Verdict(*map(self._join, zip(*verdicts, strict=True)))
+
+    def _join(self, parts: Collection[mx.array]) -> mx.array:
+        """What the groups have of rows, in the batch's order."""
+        return mx.concatenate(list(parts))[self._order]
+
+
+class _Group:
+    """The rows of a round that share their rules; B counts these alone."""
+
+    def __init__(
+        self,
+        rules: Rules,
+        rows: list[RowSampler | None],
+        num_draft: int,
+        last: mx.array,
+        follows: bool,
+    ):
+        """
+        Args:
+            follows: whether ``last`` (B,) comes after the committed tokens.
+        """
+        self._rules = rules
+        self._last = last
+        if rules.chain:
+            self._read(rows, follows)
+        if not rules.sampling.greedy:
+            # For the target's own token, then for each draft token one to draw it by
+            # and one to judge it by.
+            uniform = np.zeros((len(rows), 1 + 2 * num_draft), np.float32)
+            for place, row in enumerate(rows):
+                if row:
+                    uniform[place] = row.next_uniform(uniform.shape[1])
+            self._drawing = mx.array(uniform[:, 1::2])
+            self._judging = mx.array(uniform[:, [0, *range(2, uniform.shape[1], 2)]])
+
+    def _read(self, rows: list[RowSampler | None], follows: bool) -> None:
+        """What the processors look at, as arrays."""
+        none = np.zeros(0, np.int32)
+        before = [row.before(follows) if row else none for row in rows]
+        prompts = [row.prompt if row else none for row in rows]
+        committed = np.full((len(rows), max(map(len, before))), -1, np.int32)
+        prompt = np.full((len(rows), max(map(len, prompts))), -1, np.int32)
+        for row, (tokens, words) in enumerate(zip(before, prompts, strict=True)):
+            committed[row, committed.shape[1] - len(tokens) :] = tokens
+            prompt[row, : len(words)] = words
+        self._committed, self._prompt = mx.array(committed), mx.array(prompt)
+        # With `last`, which comes after those.
+        self._generated = np.array(
+            [
+                row.generated(len(tokens) + 1) if row else 0
+                for row, tokens in zip(rows, before, strict=True)
+            ]
+        )
+
+    def process(self, logits: mx.array, block: mx.array) -> mx.array:
+        """Apply the processors.
+
+        Args:
+            logits: (B, T, V) for the positions after the last T tokens of ``block``.
+            block: (B, T' >= T), the last committed token and what was drafted.
+        """
+        if not self._rules.chain:
+            return logits
+        size, positions = block.shape[1], logits.shape[1]
+        after = np.arange(size - positions, size)
+        prefix = Prefix(
+            mx.concatenate([self._committed, block], axis=1),
+            mx.array((self._generated[:, None] + after).astype(np.int32)),
+            self._prompt,
+        )
+        logits = logits.astype(mx.float32)
+        for processor in self._rules.chain:
+            logits = processor(logits, prefix)
+        return logits
+
+    def draft(
+        self, logits: mx.array, drafted: list[mx.array]
+    ) -> tuple[mx.array, mx.array | None]:
+        """As :meth:`RoundSampler.draft`."""
+        rules = self._rules
+        missing = rules.vocabulary - logits.shape[-1]
         if missing > 0:
             logits = mx.pad(logits, [(0, 0), (0, missing)], constant_values=-math.inf)
-        logits = logits[:, : self._batch.vocabulary]
-        if self._batch.chain:
-            block = mx.stack([self.last, *drafted], axis=1)
+        logits = logits[:, : rules.vocabulary]
+        if rules.chain:
+            block = mx.stack([self._last, *drafted], axis=1)
             logits = self.process(logits[:, None], block)[:, 0]
-        if self.sampling.greedy:
+        if rules.sampling.greedy:
             return mx.argmax(logits, axis=-1).astype(mx.int32), None
-        q = self.sampling.probs(logits)
+        q = rules.sampling.probs(logits)
         return draw(q, self._drawing[:, len(drafted)]), q
 
     def judging(self, drafted: int) -> mx.array:
         """Random numbers (B, K + 1): the first for the target's own token, the others
         for judging ``drafted`` tokens. None of them is used for drafting."""
         return self._judging[:, : 1 + drafted]
+
+    def judge(
+        self,
+        logits: mx.array,
+        tokens: mx.array,
+        q: mx.array | None,
+        counts: mx.array | None,
+    ) -> Verdict:
+        """As :meth:`RoundSampler.judge`, of tokens (B, K) and their q (B, K, V)."""
+        size = tokens.shape[1]
+        block = self._last[:, None]
+        if size:
+            block = mx.concatenate([block, tokens], axis=1)
+        logits = self.process(logits, block)
+        sampling, delta = self._rules.sampling, self._rules.delta
+        if sampling.greedy:
+            return verify_greedy(logits, tokens, counts, delta)
+        allowed = None
+        if delta == 1 and size:  # below 1 a probability of 0 is enough to reject
+            index = mx.clip(tokens, 0, logits.shape[-1] - 1)[..., None]
+            own = mx.take_along_axis(logits[:, :size], index, axis=-1)[..., 0]
+            allowed = own > -math.inf
+        p = sampling.probs(logits)
+        return verify(p, tokens, q, counts, delta, self.judging(size), allowed)

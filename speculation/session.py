@@ -1,10 +1,14 @@
 """What the decoding loop asks of a model: its session, one batch and its caches."""
 
+from collections.abc import Generator, Iterator
 from typing import Protocol
 
 import mlx.core as mx
 
 from system.errors import PromptError
+
+#: Tokens that go through a model at a time while other rows wait for their next round.
+CHUNK = 512
 
 
 class Session(Protocol):
@@ -16,15 +20,26 @@ class Session(Protocol):
         batches: whether several rows at once are known to get the right text.
         has_encoder: whether decoding starts from a token of its own, not from the
             prompt.
+        parameters: how many numbers the model has.
     """
 
     vocabulary: int
     positions: int | None
     batches: bool
     has_encoder: bool
+    parameters: int
 
     def start(self, prompts: list[list[int]]) -> list[list[int]]:
-        """Encode or prefill; the tokens that each row's decoding starts from."""
+        """Encode or prefill a batch; the tokens that each row's decoding starts
+        from."""
+
+    def put(self, rows: list[int], prompts: list[list[int]]) -> "Arrival":
+        """The same for some rows of a batch that others are decoding in, a chunk at a
+        time: the others may go on whenever this yields. What the rows had is gone."""
+
+    def take(self, rows: list[int], blank: int = 0) -> None:
+        """Have these rows instead, of which some may be the same, and behind them some
+        that are nobody's."""
 
     def extend(self, tokens: mx.array) -> mx.array:
         """Append tokens (B, T); logits (B, T, V), those at t for the token after it."""
@@ -34,6 +49,32 @@ class Session(Protocol):
 
     def forget(self) -> None:
         """Drop the batch: the next one reuses nothing of it."""
+
+    def batch_bytes(self, rows: int, prompt: int, answer: int) -> int:
+        """What a batch takes whose prompts and answers have up to so many tokens."""
+
+
+#: Yields while there is more to do; returns what :meth:`Session.start` returns.
+Arrival = Generator[None, None, list[list[int]]]
+
+
+def finish(arrival: Arrival) -> list[list[int]]:
+    """What it returns in the end, at once."""
+    while True:
+        try:
+            next(arrival)
+        except StopIteration as done:
+            return done.value
+
+
+def chunks(sizes: Iterator[int]) -> Iterator[bool]:
+    """For each piece of work of so many tokens whether others have waited enough."""
+    done = 0
+    for size in sizes:
+        done += size
+        yield done >= CHUNK
+        if done >= CHUNK:
+            done = 0
 
 
 def check_prompts(prompts: list[list[int]], rows: int) -> None:
@@ -63,3 +104,12 @@ def check_rewind(cached: list[int], lengths: list[int]) -> None:
         0 <= new <= old for new, old in zip(lengths, cached, strict=False)
     ):
         raise ValueError(f"cannot rewind from {cached} to {lengths}")
+
+
+def take_rows(array: mx.array, rows: list[int], blank: int) -> mx.array:
+    """These rows of the first axis, and so many of zeros."""
+    if rows != list(range(len(array))):
+        array = array[mx.array(rows)] if rows else array[:0]
+    if blank:
+        array = mx.pad(array, [(0, blank)] + [(0, 0)] * (array.ndim - 1))
+    return array

@@ -35,6 +35,10 @@ class TooLongError(PromptError):
     been computed. A shorter one may be answered."""
 
 
+class NoRoomError(TooLongError):
+    """It is the memory, with all that is in it now."""
+
+
 class Parser(argparse.ArgumentParser):
     """``argparse`` with its errors in one line: no usage dump."""
 

@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from system import fast_blas
 from system.device import on_cpu
-from system.errors import InputError, TooLongError
+from system.errors import InputError, NoRoomError
 
 #: Bytes for which nobody is asked what is left, as that takes a millisecond.
 SMALL = 1 << 24
@@ -79,10 +79,10 @@ def require_room(tokens: int, size: int) -> None:
         size: the bytes that computing it takes at once.
 
     Raises:
-        TooLongError: there is not as much left.
+        NoRoomError: there is not as much left.
     """
     if size > SMALL and not fits(size):
-        raise TooLongError(
+        raise NoRoomError(
             f"the prompt has {tokens:,} tokens, for which the model needs "
             f"{in_words(size)}, and this machine has {in_words(free())} left: shorten "
             f"it"

@@ -306,8 +306,8 @@ class Texts:
                 max_tokens=TOKENS,
                 num_draft=num_draft,
             ):
-                texts[commit.row] += commit.tokens
-                stats[commit.row] = commit.stats
+                texts[commit.id] += commit.tokens
+                stats[commit.id] = commit.stats
             same.append(texts == self.expected[:rows])
         self.alpha = Stats.of_batch([*stats.values()]).alpha
         return all(same)

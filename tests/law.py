@@ -31,7 +31,8 @@ import convert
 import model
 from architectures import t5
 from decoder import generate
-from speculation.drafting import Draft, ModelDrafter
+from speculation.acceptance import Draft
+from speculation.drafting import ModelDrafter
 from speculation.sampling import Sampling
 from speculation.session import Session
 
@@ -93,6 +94,15 @@ class Point:
 
     def start(self, prompts):
         pass
+
+    def put(self, rows, prompts):
+        yield from ()
+
+    def take(self, rows, blank=0):
+        pass
+
+    def batch_bytes(self, rows, prompt, answer):
+        return 0
 
     def propose(self, sequences, num_draft, sampler):
         rows = [[3 + (sum(s) + i) % 4 for i in range(num_draft)] for s in sequences]
@@ -222,13 +232,13 @@ def sample(
             sampling=sampling,
             streams=[(start + row,) for row in range(len(texts))],
         ):
-            text = texts[commit.row]
+            text = texts[commit.id]
             waiting -= len(text) < LENGTH and (
                 len(text) + len(commit.tokens) >= LENGTH
                 or commit.finish_reason is not None
             )
             text += commit.tokens
-            stats[commit.row] = commit.stats
+            stats[commit.id] = commit.stats
             if not waiting:
                 break
         seen.update(tuple(text[:LENGTH]) for text in texts)

@@ -13,10 +13,11 @@ import model
 from architectures import t5
 from decoder import generate
 from speculation import drafting
-from speculation.drafting import Draft, ModelDrafter
+from speculation.acceptance import Draft
+from speculation.drafting import ModelDrafter
 from speculation.lookup import LookupDrafter
-from speculation.samplers import BatchSampler
-from speculation.sampling import GREEDY, Sampling
+from speculation.samplers import RoundSampler, RowSampler, Rules
+from speculation.sampling import Sampling
 from system.errors import InputError
 
 #: Prompts that the tiny target answers with varied texts.
@@ -46,6 +47,15 @@ class Scripted:
     def start(self, prompts):
         pass
 
+    def put(self, rows, prompts):
+        yield from ()
+
+    def take(self, rows, blank=0):
+        pass
+
+    def batch_bytes(self, rows, prompt, answer):
+        return 0
+
     def propose(self, sequences, num_draft, sampler):
         rows = [self.guess(sequence, num_draft) for sequence in sequences]
         counts = self.ragged and [self.ragged(s) % (num_draft + 1) for s in sequences]
@@ -67,9 +77,9 @@ def decode(target, drafter, prompts=None, **options):
     tokens = [[] for _ in prompts]
     reasons, stats = [None] * len(prompts), [None] * len(prompts)
     for commit in generate(target, drafter, prompts, **options):
-        assert reasons[commit.row] is None, "text follows the end"
-        tokens[commit.row] += commit.tokens
-        reasons[commit.row], stats[commit.row] = commit.finish_reason, commit.stats
+        assert reasons[commit.id] is None, "text follows the end"
+        tokens[commit.id] += commit.tokens
+        reasons[commit.id], stats[commit.id] = commit.finish_reason, commit.stats
     return tokens, reasons, stats
 
 
@@ -235,10 +245,10 @@ def test_drafter_needs_no_feedback(tiny, data):
     used.start(PROMPTS)
     token = st.integers(2, VOCABULARY - 1)
     sequences = [[0] for _ in PROMPTS]
-    batch_sampler = BatchSampler(GREEDY, sequences, VOCABULARY)
+    rules = Rules(VOCABULARY)
     for _ in range(data.draw(st.integers(1, 4))):
         num_draft = data.draw(st.integers(1, 5))
-        sampler = batch_sampler.round(sequences)
+        sampler = RoundSampler([RowSampler(rules, each) for each in sequences])
         got = np.array(used.propose(sequences, num_draft, sampler).tokens)
         fresh = ModelDrafter(Checked(tiny[1]))
         fresh.start(PROMPTS)

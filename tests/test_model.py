@@ -249,13 +249,13 @@ def test_equal_prompts_are_encoded_once(tiny, monkeypatch):
     """As many rows as prompts all the same, each with its own source."""
     prompts = [[3, 4, 1], [5, 6, 7, 8, 1], [3, 4, 1]]
     encoded = []
-    encode = model.T5.encode
+    encoding = model.T5.encoding
 
-    def watched(self, tokens, padding=None):
+    def watched(self, tokens, padding):
         encoded.append(tokens.shape[0])
-        return encode(self, tokens, padding)
+        return encoding(self, tokens, padding)
 
-    monkeypatch.setattr(model.T5, "encode", watched)
+    monkeypatch.setattr(model.T5, "encoding", watched)
     session = model.T5Session(tiny[1])
     assert len(session.start(prompts)) == 3
     together = np.array(session.extend(mx.array([[0, 9]] * 3)))

@@ -24,8 +24,7 @@ from architectures.row_cache import RowCache
 from pair import LOOKUP, Pair
 from speculation.drafting import ModelDrafter
 from speculation.lookup import LookupDrafter
-from speculation.samplers import BatchSampler
-from speculation.sampling import GREEDY
+from speculation.samplers import RoundSampler, RowSampler, Rules
 from system import memory
 from system.errors import InputError, TooLongError
 
@@ -260,7 +259,7 @@ def lookup(prompt, sequences, count=5):
     drafter.start([prompt])
     found = []
     for sequence in sequences:
-        sampler = BatchSampler(GREEDY, [[0]], 99).round([sequence])
+        sampler = RoundSampler([RowSampler(Rules(99), sequence)])
         draft = drafter.propose([sequence], count, sampler)
         found.append(np.array(draft.tokens)[0, : draft.counts[0]].tolist())
     return found

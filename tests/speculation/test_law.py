@@ -23,7 +23,6 @@ from law import (
     sample,
 )
 
-import decoder
 from decoder import generate
 from speculation import acceptance, samplers
 
@@ -75,7 +74,7 @@ def same_numbers_for_drafting_and_judging(monkeypatch):
         own = self._judging[:, :1]
         return mx.concatenate([own, self._drawing[:, :drafted]], axis=1)
 
-    monkeypatch.setattr(samplers.RoundSampler, "judging", judging)
+    monkeypatch.setattr(samplers._Group, "judging", judging)
 
 
 def bonus_from_the_last_residual(monkeypatch):
@@ -90,7 +89,7 @@ def bonus_from_the_last_residual(monkeypatch):
         uniform = mx.pad(uniform, [(0, 0), (0, 1)], constant_values=1)
         return verify(p, draft, q, None, delta, uniform, allowed)
 
-    monkeypatch.setattr(decoder, "verify", broken)
+    monkeypatch.setattr(samplers, "verify", broken)
 
 
 def unfiltered_q(monkeypatch):
@@ -160,7 +159,7 @@ def test_a_row_alone_is_the_row_in_a_batch(pair, num_draft):
         for commit in generate(
             pair.target, pair.drafter, prompts, streams=streams, **options
         ):
-            found[commit.row] += commit.tokens
+            found[commit.id] += commit.tokens
         return found
 
     together = texts([PROMPT] * rows, [(row,) for row in range(rows)])

@@ -14,8 +14,9 @@ from law import chain
 import model
 from architectures import t5
 from decoder import generate
-from speculation.drafting import Draft, ModelDrafter
-from speculation.samplers import BatchSampler
+from speculation.acceptance import Draft
+from speculation.drafting import ModelDrafter
+from speculation.samplers import RoundSampler, RowSampler, Rules
 from speculation.sampling import Sampling, draw
 from system.errors import InputError
 
@@ -130,17 +131,23 @@ def test_rules_at_every_position_of_a_block(rule, data):
     rng = np.random.default_rng(data.draw(st.integers(0, 10**6)))
     logits = rng.normal(size=(len(rows), size + 1, vocabulary)).astype(np.float32)
     prompts = [data.draw(st.lists(token, min_size=1, max_size=7)) for _ in rows]
-    batch_sampler = BatchSampler(
-        options, [[0]] * len(rows), vocabulary, eos_tokens={1, 99}, prompts=prompts
-    )
+    rules = Rules(vocabulary, options, eos_tokens=frozenset({1, 99}))
+
+    def process(sequences, following=None):
+        samplers = []
+        for sequence, prompt in zip(sequences, prompts, strict=True):
+            samplers.append(RowSampler(rules, [0], prompt))
+            for token in sequence[1:]:
+                samplers[-1].append([token])
+        (group,) = RoundSampler(samplers, following=following)._groups
+        return group.process(mx.array(logits), mx.array(block))
+
     block = [[row[-1], *draft] for row, draft in zip(rows, drafted, strict=True)]
-    known = batch_sampler.round(rows).process(mx.array(logits), mx.array(block))
+    known = process(rows)
     # The same, where the device alone knows the last token.
     shorter = [row[:-1] for row in rows]
     if all(shorter):
-        last = mx.array([row[-1] for row in rows])
-        ahead = batch_sampler.round(shorter, following=last)
-        ahead = ahead.process(mx.array(logits), mx.array(block))
+        ahead = process(shorter, mx.array([row[-1] for row in rows]))
         assert mx.array_equal(ahead, known).item()
     for row, tokens in enumerate(rows):
         rule_of_transformers = chain(options, prompt=prompts[row])
@@ -190,7 +197,7 @@ def test_greedy_text_under_rules_is_that_of_transformers(sessions, rule):
                 num_draft=4,
                 sampling=Sampling(**options),
             ):
-                texts[commit.row] += commit.tokens
+                texts[commit.id] += commit.tokens
                 stood += commit.accepted
             assert texts == expected[: len(texts)]
     assert stood > 20  # the rules apply to the draft as well
