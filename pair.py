@@ -12,92 +12,36 @@ In use::
 import system.fast_blas  # noqa: F401  (before mlx: see there)
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from answering import Answers, Generation, Question, Source, source_of
 from architectures import registry
 from checkpoints.defaults import Defaults, DefaultsError, Files
-from decoder import DELTA, MAX_TOKENS, NUM_DRAFT, Commit, Stats, generate
+from decoder import DELTA, MAX_TOKENS, NUM_DRAFT, Commit, Engine, Request
 from speculation.drafting import Drafter, ModelDrafter
 from speculation.lookup import LookupDrafter
 from speculation.sampling import GREEDY, Sampling
 from speculation.session import Session
-from system.errors import InputError, PromptError, TooLongError
+from system import memory
+from system.errors import InputError, PromptError, TooLongError, blame_prompt
 from text.messages import last_text, read_prompt
-from text.tokenizer import TextStream, Tokenizer, have_equal_files
+from text.tokenizer import Tokenizer, have_equal_files
 
 LOOKUP = "prompt-lookup"  # a draft without a model
+
+#: The most texts that are decoded at once where nobody says how many.
+MOST_ROWS = 32
+#: The share of the free memory that a batch of them may take.
+SHARE = 0.6
 
 
 class DifferentTokenizersError(InputError):
     """The draft's ids do not mean what the target's mean."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A bit of text, as soon as it stands.
-
-    Attributes:
-        text: characters, never part of one; all pieces joined are the text.
-        drafted: whether the token that completed it was a draft token.
-    """
-
-    text: str
-    drafted: bool
-
-
-class Generation:
-    """One prompt being answered: iterate once for the pieces; the rest fills up.
-
-    Attributes:
-        prompt: as given.
-        text: what has been yielded so far.
-        tokens: committed ids, with end-of-sequence where that was produced.
-        finish_reason: "eos" or "length" once finished, None before.
-        stats: the figures so far (:class:`decoder.Stats`).
-    """
-
-    def __init__(
-        self,
-        prompt: str,
-        commits: Iterator[Commit],
-        decode: Callable[[list[int]], str],
-    ):
-        self.prompt = prompt
-        self.text = ""
-        self.tokens: list[int] = []
-        self.finish_reason: str | None = None
-        self.stats = Stats()
-        self._pieces = self._stream(commits, TextStream(decode))
-
-    def __iter__(self) -> Iterator[Piece]:
-        return self._pieces
-
-    def finish(self) -> "Generation":
-        """Decode to the end, and return this very object."""
-        for _ in self:
-            pass
-        return self
-
-    def _stream(self, commits: Iterator[Commit], stream: TextStream) -> Iterator[Piece]:
-        drafted = False
-        for commit in commits:
-            self.stats = commit.stats
-            self.finish_reason = commit.finish_reason
-            self.tokens += commit.tokens
-            for place, token in enumerate(commit.tokens):
-                drafted = place < commit.accepted
-                yield from self._piece(stream.push(token), drafted)
-        yield from self._piece(stream.finish(), drafted)
-
-    def _piece(self, text: str, drafted: bool) -> Iterator[Piece]:
-        if text:
-            self.text += text
-            yield Piece(text, drafted)
 
 
 class Pair:
@@ -229,15 +173,124 @@ class Pair:
         commits = self._commits(
             prompt,
             count,
+            num_draft,
+            stream,
             max_tokens=max_tokens,
-            num_draft=num_draft,
             delta=delta,
             sampling=sampling,
-            streams=[(stream, row) for row in range(count)],
         )
         decode = self._decode_with_special if keep_special else self.tokenizer.decode
         text = last_text(prompt)
-        return [Generation(text, row, decode) for row in _by_row(commits, count)]
+        return [Generation(text, decode, row) for row in _by_row(commits, count)]
+
+    def answers(
+        self,
+        prompts: "Iterable[str | list[dict[str, str]] | Question] | Source",
+        *,
+        batch_size: int | None = None,
+        num_draft: int = NUM_DRAFT,
+        in_order: bool = True,
+        keep_special: bool = False,
+        **options: Any,
+    ) -> Iterator[Generation]:
+        """Answer any number of prompts, several at a time.
+
+        Nothing is read or decoded before it is asked for, and prompts are read ahead
+        only as far as it takes to decode those of a like length together. A text is
+        what :meth:`generate` makes of its prompt, with the prompt's place, from 0 on,
+        as its stream.
+
+        Args:
+            prompts: as :meth:`samples` takes one, or a :class:`answering.Question`.
+                Instead of what can be iterated, a :class:`answering.Source`.
+            batch_size: the most that are decoded at once; None for as many as the
+                memory has room for, up to :data:`MOST_ROWS`.
+            in_order: yield answers in the order of the prompts, not as they finish.
+            num_draft, keep_special, options: of :meth:`samples`.
+
+        Yields:
+            Finished answers, one for each prompt. One that cannot be given has an
+            ``error`` instead of a text, and does not disturb the others.
+
+        Raises:
+            InputError: bad options.
+            RuntimeError: after another generation has begun.
+        """
+        mine = self._latest = object()
+        decode = self._decode_with_special if keep_special else self.tokenizer.decode
+
+        def begin(question: Question, place: int) -> tuple[Generation, Request | None]:
+            its = {"stream": place, **options, **question.options}
+            prompt, answer = question.prompt, Generation("", decode, tag=question.tag)
+            try:
+                if question.error:
+                    raise question.error
+                prompt = read_prompt(prompt)
+                answer.prompt = last_text(prompt)
+                return answer, self.request(prompt, **its)
+            except PromptError as error:
+                answer.fail(error)
+                return answer, None
+
+        def engine_for(requests: list[Request]) -> tuple[Engine, int]:
+            rows = batch_size
+            if rows is None:
+                rows = self.batch_size(
+                    max(len(request.prompt) for request in requests),
+                    max(request.max_tokens for request in requests),
+                    num_draft,
+                )
+            if not self.batches:
+                rows = 1
+            return self.engine(rows, num_draft), rows
+
+        source = prompts if callable(prompts) else source_of(prompts)
+        for answer in Answers(source, begin, engine_for, in_order):
+            if self._latest is not mine:
+                raise RuntimeError("another generation has begun on this pair")
+            yield answer
+
+    def request(
+        self,
+        prompt: "str | list[dict[str, str]]",
+        *,
+        max_tokens: int = MAX_TOKENS,
+        delta: float = DELTA,
+        sampling: Sampling = GREEDY,
+        stream: int = 0,
+        sample: int = 0,
+    ) -> Request:
+        """What asks an :meth:`engine` for the answer to a prompt; see :meth:`samples`.
+
+        Raises:
+            PromptError: the prompt is empty, or no text.
+            InputError: bad options.
+        """
+        with blame_prompt():
+            encoded = self._encode(prompt)
+        streams = stream, sample
+        return Request(encoded, self.eos_tokens, max_tokens, delta, sampling, streams)
+
+    def engine(self, rows: int, num_draft: int = NUM_DRAFT) -> Engine:
+        """What decodes up to so many texts at once, on this pair's caches: whatever
+        used them before is to be done."""
+        return Engine(self.target, self.drafter, num_draft=num_draft, rows=rows)
+
+    def batch_size(self, prompt: int, answer: int, num_draft: int) -> int:
+        """How many texts, of prompts and answers of up to so many tokens, are decoded
+        at once where nobody says how many."""
+        free = memory.free()
+        rows = MOST_ROWS
+        # A pass has logits for every draft token, and judging makes more of them.
+        judged = 4 * 4 * (num_draft + 1) * self.target.vocabulary
+        while free is not None and rows > 1:
+            size = rows * judged + self.target.batch_bytes(rows, prompt, answer)
+            if self.drafter and num_draft:
+                size += self.drafter.batch_bytes(rows, prompt, answer)
+            if size <= SHARE * free:
+                break
+            rows //= 2
+        return rows
 
     def defaults(
         self,
@@ -304,23 +357,21 @@ class Pair:
         return self.tokenizer.decode_with_special(shown)
 
     def _commits(
-        self, prompt: "str | list[dict[str, str]]", count: int, **options: Any
+        self,
+        prompt: "str | list[dict[str, str]]",
+        count: int,
+        num_draft: int,
+        stream: int,
+        **options: Any,
     ) -> Iterator[Commit]:
-        encoded = [self._encode(prompt)] * count
+        request = self.request(prompt, stream=stream, **options)
         mine = self._latest = object()
-        together = self.batches or count == 1
-        streams = options.pop("streams")
-        for first in [0] if together else range(count):
-            end = None if together else first + 1
-            for commit in generate(
-                self.target,
-                self.drafter,
-                encoded[first:end],
-                eos_tokens=self.eos_tokens,
-                streams=streams[first:end],
-                **options,
-            ):
-                yield replace(commit, id=first + commit.id)
+        engine = self.engine(count if self.batches else 1, num_draft)
+        for sample in range(count):
+            engine.admit(replace(request, stream=(stream, sample)))
+        while engine.busy:
+            for commit in engine.step():
+                yield commit
                 if self._latest is not mine:
                     raise RuntimeError("another generation has begun on this pair")
 

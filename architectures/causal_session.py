@@ -220,9 +220,7 @@ class CausalSession:
         """What the caches of a batch take with prompts and answers of up to so many
         tokens, and a pass over one token of each row."""
         room = -(-(prompt + answer) // ROOM) * ROOM
-        return rows * (
-            self._position_bytes * room + self.vocabulary * self._dtype.size
-        )
+        return rows * (self._position_bytes * room + self.vocabulary * self._dtype.size)
 
     def _prefill_bytes(self, rows: int, known: int, length: int, copies: int) -> int:
         """What prefilling takes at once, of ``rows`` prompts up to this length, that

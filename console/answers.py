@@ -5,9 +5,11 @@ import os
 import re
 import sys
 from argparse import Namespace
+from typing import Any
 
+from answering import Generation
 from decoder import Stats
-from pair import Generation, require_text
+from pair import require_text
 from system.errors import InputError, blame_prompt, say
 
 _DRAFTED, _RESET = "\x1b[32m", "\x1b[0m"  # green
@@ -51,20 +53,31 @@ def write_text(answer: Generation, color: bool, separator: str) -> None:
 def write_json(answer: Generation, sample: int | None) -> None:
     """One object on stdout, with the keys that the README lists."""
     answer.finish()
-    value = {
-        "prompt": answer.prompt,
+    value = {"prompt": answer.prompt, **described(answer)}
+    if sample is not None:
+        value["sample"] = sample
+    print(json_line(value), flush=True)
+
+
+def described(answer: Generation) -> dict[str, Any]:
+    """A finished answer as JSON has it."""
+    return {
         "text": answer.text,
         "tokens": answer.tokens,
         "finish_reason": answer.finish_reason,
         "stats": answer.stats.as_dict(),
     }
-    if sample is not None:
-        value["sample"] = sample
+
+
+def json_line(value: dict[str, Any]) -> str:
+    """An object on one line, whatever its texts are."""
     text = json.dumps(value, ensure_ascii=False)
+    if not text.isprintable() and any("\ud800" <= c <= "\udfff" for c in text):
+        return json.dumps(value)  # half a character, that no UTF-8 has
     # Some readers take these for the end of a line.
-    for separator in "\u2028\u2029":
-        text = text.replace(separator, f"\\u{ord(separator):x}")
-    print(text, flush=True)
+    for separator in "\x85\u2028\u2029":
+        text = text.replace(separator, f"\\u{ord(separator):04x}")
+    return text
 
 
 def report(stats: Stats, verbose: bool) -> None:

@@ -1,16 +1,17 @@
 """The flags of main.py."""
 
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable
 from typing import Any
 
 from console.choosing import NO_DRAFT
 from decoder import DELTA, MAX_TOKENS, NUM_DRAFT
-from pair import LOOKUP
+from pair import LOOKUP, MOST_ROWS
 from speculation.sampling import GREEDY
 from system.errors import InputError, Parser
 
 NAME = "main.py"
+MOST_BATCH = 4096
 DESCRIPTION = "Generate text with T5, several tokens per pass of the large model."
 
 
@@ -43,6 +44,30 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
         help="what to answer; '-' for standard input, a prompt a line: one that cannot "
         "be answered is named, the others are, and the exit status is 2 (default: an "
         "example)",
+    )
+    add(
+        "--input",
+        metavar="FILE",
+        help="answer a file, several prompts at once: one a line, or JSON lines with "
+        "'prompt'; '-' for standard input",
+    )
+    add(
+        "--output",
+        metavar="FILE",
+        help="with --input: where the answers go, a line each, in order (default: '-', "
+        "standard output)",
+    )
+    add(
+        "--batch-size",
+        type=_batch_size,
+        metavar="N|auto",
+        help="with --input: the most prompts at once (default: auto, as many as the "
+        f"memory has room for, up to {MOST_ROWS})",
+    )
+    add(
+        "--resume",
+        action="store_true",
+        help="with --input and --output: go on after the last line that was answered",
     )
     add(
         "--max-tokens",
@@ -180,6 +205,17 @@ def _add_sampling(add: Callable[..., Any]) -> None:
     option("forced-bos-token-id", int, "ID", "the id of the first token")
 
 
+def _batch_size(text: str) -> int | None:
+    """``8`` as a number; None for ``auto``."""
+    if text == "auto":
+        return None
+    if not (text.isascii() and text.isdecimal() and 0 < int(text) <= MOST_BATCH):
+        raise ArgumentTypeError(
+            f"'{text}' is neither auto nor a number from 1 to {MOST_BATCH}"
+        )
+    return int(text)
+
+
 def check_flags(arguments: Namespace) -> None:
     """
     Raises:
@@ -187,6 +223,18 @@ def check_flags(arguments: Namespace) -> None:
     """
     if arguments.interactive and (arguments.prompt is not None or arguments.compare):
         raise InputError("--interactive goes with neither --prompt nor --compare")
+    if arguments.input is None:
+        for name in ("output", "batch_size", "resume"):
+            if getattr(arguments, name):
+                raise InputError(f"--{name.replace('_', '-')} needs --input")
+    else:
+        for name in ("prompt", "interactive", "compare", "color", "separator"):
+            if getattr(arguments, name):
+                raise InputError(f"--input does not go with --{name}")
+        if arguments.num_samples != 1:
+            raise InputError("--input has an answer a line: no --num-samples")
+        if arguments.resume and arguments.output in (None, "-"):
+            raise InputError("--resume needs --output, a file")
     if arguments.compare and (
         arguments.regular_decode
         or arguments.num_draft == 0

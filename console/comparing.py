@@ -6,7 +6,7 @@ from time import perf_counter
 
 import mlx.core as mx
 
-from pair import Generation
+from answering import Generation
 from system import fast_blas
 from system.errors import say
 

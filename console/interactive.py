@@ -5,8 +5,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 
+from answering import Generation
 from console.prompts import check_start, open_input, read_line
-from pair import Generation
 from system.errors import InputError, TooLongError, one_line, say
 from text.messages import Messages
 

@@ -7,14 +7,18 @@ from argparse import Namespace
 from collections.abc import Callable
 from itertools import count
 
+from answering import Generation
 from console.answers import Writer, report
 from console.arguments import NAME, check_flags, parse_arguments
 from console.choosing import BUNDLED, choose_pair
 from console.comparing import compare, describe_machine
+from console.job import Job
+from console.lines import LineReader
+from console.outlet import require_writable
 from console.prompts import EXAMPLE_TASK, read_prompts, read_system, require_answerable
 from console.rules import Rules, read_given, read_sampling
 from decoder import MAX_TOKENS, Stats, check_options
-from pair import Generation, Pair
+from pair import Pair
 from system import fast_blas
 from system.errors import PromptError, one_line, say
 from text.messages import Messages
@@ -54,6 +58,10 @@ class Program:
             if arguments.compare:
                 compare(begin, arguments.num_draft, self._pair.forget)
         return status
+
+    def answer_file(self, reader: LineReader) -> int:
+        """Answer the lines of a file, several at once; the exit status."""
+        return Job(self._arguments, self._pair, self._rules, self._system, reader).run()
 
     def converse(self) -> None:
         """Answer lines as they are typed."""
@@ -122,6 +130,10 @@ def main() -> int:
     arguments = parse_arguments()
     check_flags(arguments)
     write = Writer(arguments)
+    reader = None
+    if arguments.input is not None:
+        reader = LineReader(arguments.input)
+        require_writable(arguments.output or "-", arguments.input)
     most = MAX_TOKENS if arguments.max_tokens is None else arguments.max_tokens
     check_options(most, arguments.num_draft, arguments.delta)
     # What the files ask for is known later, and may make these go together.
@@ -139,6 +151,8 @@ def main() -> int:
         unverified=arguments.unverified,
     )
     program = Program(arguments, pair, write)
+    if reader:
+        return program.answer_file(reader)
     if arguments.interactive:
         program.converse()
         return 0
