@@ -407,6 +407,11 @@ class Engine:
 
     def _free_rows(self) -> None:
         """Rows whose texts are finished are nobody's."""
+        odd = [
+            p for p, row in enumerate(self._rows) if row and row.finished and row.odd
+        ]
+        if odd:
+            self._target.wipe(odd)
         self._rows = [row if row and not row.finished else None for row in self._rows]
 
     def _changes_wait(self) -> bool:
@@ -463,7 +468,7 @@ class Engine:
         """Those who are to be begun with beside others, if it is time to."""
         free = [place for place, row in enumerate(self._rows) if not row]
         # A few at once are encoded in less time than one after the other.
-        few = min(len(self._waiting), max(1, len(self._rows) // 4))
+        few = min(len(self._waiting), max(1, len(self._rows) // 8))
         if self._held or not few or len(free) < few:
             return None
         newcomers = self._next_waiting(len(free))
@@ -651,6 +656,7 @@ class _Row:
         drafted: whether the drafter has it.
         apart: whether it is to be begun with by itself.
         finished: whether it gets no more.
+        odd: whether there were logits that are not finite.
     """
 
     def __init__(self, number: int, request: Request, rules: Rules):
@@ -659,7 +665,7 @@ class _Row:
         self.sampler: RowSampler | None = None
         self.sequence: list[int] = []
         self.budget = request.max_tokens
-        self.drafted = self.apart = self.finished = False
+        self.drafted = self.apart = self.finished = self.odd = False
         self._rules = rules
         self._stats = Stats()
         # The last token of a budget is the target's own, where that is what a draft
@@ -712,6 +718,7 @@ class _Row:
         ends = self._rules.eos_tokens
         block = [*draft[:accepted], outcome.next_token][: self.budget]
         block = up_to_end(block, ends)
+        self.odd |= outcome.finite < current.report.shape[1] - 2
         if outcome.finite < len(block):
             return self.fail(current.fault(current.rows.index(self)))
         self.sequence += block

@@ -498,11 +498,11 @@ class T5Session:
         self._capacity = self.first_capacity
         # One for all: the first write to it makes a copy.
         shape = (*sources[0][0].shape[:2], self._capacity, sources[0][0].shape[3])
-        self._empty = mx.zeros(shape, sources[0][0].dtype)
-        self._caches = [LayerCache(self._empty, self._empty, *kv) for kv in sources]
+        empty = mx.zeros(shape, sources[0][0].dtype)
+        self._caches = [LayerCache(empty, empty, *kv) for kv in sources]
         self.lengths = [0] * len(prompts)
         self._sources = [len(prompt) for prompt in prompts]
-        self._find_padding()
+        self._padding = self._mask(self._sources, max(self._sources))
         mx.eval([vars(cache) for cache in self._caches])
         return [[self.model.config.start_token] for _ in prompts]
 
@@ -513,21 +513,20 @@ class T5Session:
         Raises:
             PromptError, TooLongError: as :meth:`start`; the rows are what they were.
         """
+        self._require_room(prompts)
         sources = yield from self._encode(prompts, beside=True)
         for row, prompt in zip(rows, prompts, strict=True):
             self.lengths[row] = 0
             self._sources[row] = len(prompt)
         self._fit()
-        at = mx.array(rows)
         room = self._caches[0].source_keys.shape[2]
-        widths = [(0, 0), (0, 0), (0, room - sources[0][0].shape[2]), (0, 0)]
         for cache, (k, v) in zip(self._caches, sources, strict=True):
-            cache.source_keys[at] = mx.pad(k, widths)
-            cache.source_values[at] = mx.pad(v, widths)
-            if cache.keys is not self._empty:
-                # What a row of NaN has left is masked, and would spread all the same.
-                cache.keys[at] = 0
-                cache.values[at] = 0
+            k, v = _with_room(k, room), _with_room(v, room)
+            for which, row in enumerate(rows):
+                # A scatter of all of them takes as long, on a CPU, as the whole cache.
+                one = slice(which, which + 1)
+                cache.source_keys = _with_row(cache.source_keys, row, k[one])
+                cache.source_values = _with_row(cache.source_values, row, v[one])
         mx.eval([vars(cache) for cache in self._caches])
         return [[self.model.config.start_token] for _ in prompts]
 
@@ -541,6 +540,14 @@ class T5Session:
         self._sources = [self._sources[row] for row in rows] + [1] * blank
         self._fit()
         mx.eval([vars(cache) for cache in self._caches])
+
+    def wipe(self, rows: list[int]) -> None:
+        """Forget numbers that are not finite: what is masked would spread."""
+        for cache in self._caches:
+            for row in rows:
+                zeros = mx.zeros((1, *cache.keys.shape[1:]), cache.keys.dtype)
+                cache.keys = _with_row(cache.keys, row, zeros)
+                cache.values = _with_row(cache.values, row, zeros)
 
     def _encode(
         self, prompts: list[list[int]], beside: bool
@@ -584,23 +591,30 @@ class T5Session:
             self.model.dtype
         )
 
-    def _find_padding(self) -> None:
-        room = self._caches[0].source_keys.shape[2]
-        self._padding = self._mask(self._sources, room)
-
     def _fit(self) -> None:
         """Have as much room as the rows ask for, in a few sizes: not much more."""
         room = self._caches[0].source_keys.shape[2]
         longest = max(self._sources)
         wanted = source_room(longest)
         if longest > room or wanted <= room // 2:
+            room = wanted
             for cache in self._caches:
-                cache.source_keys = _with_room(cache.source_keys, wanted)
-                cache.source_values = _with_room(cache.source_values, wanted)
-        self._find_padding()
+                cache.source_keys = _with_room(cache.source_keys, room)
+                cache.source_values = _with_room(cache.source_values, room)
+        self._padding = self._mask(self._sources, room)
         wanted = self._room_for(max(self.lengths) + 1)
         if wanted <= self._capacity // 4:
             self._have_capacity(wanted)
+
+    def _require_room(self, prompts: list[list[int]]) -> None:
+        """See to it that there is memory for a longer source in every row."""
+        longest = max(map(len, prompts))
+        room = self._caches[0].source_keys.shape[2]
+        if longest > room:
+            config = self.model.config
+            each = 2 * config.num_decoder_layers * config.num_heads * config.d_kv
+            more = source_room(longest) * len(self.lengths) * each
+            require_room(longest, more * self.model.dtype.size)
 
     def extend(self, tokens: mx.array) -> mx.array:
         """Append tokens (B, T), each row at its own length.
@@ -633,7 +647,7 @@ class T5Session:
         self.lengths: list[int] = []
         self._sources: list[int] = []  # tokens of each row's source
         self._caches: list[LayerCache] = []
-        self._padding = self._empty = None
+        self._padding: mx.array | None = None
 
     def batch_bytes(self, rows: int, prompt: int, answer: int) -> int:
         """What the caches of a batch take with prompts and answers of up to so many
@@ -680,7 +694,6 @@ class T5Session:
         for cache in self._caches:
             cache.keys = _with_room(cache.keys, capacity)
             cache.values = _with_room(cache.values, capacity)
-        self._empty = None
         self._capacity = capacity
 
     def _biases(self) -> list[mx.array]:
@@ -703,4 +716,9 @@ def _with_room(cache: mx.array, room: int) -> mx.array:
     more = room - cache.shape[2]
     if more < 0:
         return mx.contiguous(cache[:, :, :room])
-    return mx.pad(cache, [(0, 0), (0, 0), (0, more), (0, 0)])
+    return mx.pad(cache, [(0, 0), (0, 0), (0, more), (0, 0)]) if more else cache
+
+
+def _with_row(cache: mx.array, row: int, new: mx.array) -> mx.array:
+    """A cache (B, H, C, D) with another row (1, H, C, D)."""
+    return mx.slice_update(cache, new, mx.array([row]), axes=(0,))

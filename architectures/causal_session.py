@@ -152,6 +152,11 @@ class CausalSession:
         mx.eval([(cache.keys, cache.values) for cache in self._caches])
         self.lengths = lengths
 
+    def wipe(self, rows: list[int]) -> None:
+        """Forget numbers that are not finite: what is masked would spread."""
+        for cache in self._caches:
+            cache.wipe(rows)
+
     def _check(self, prompts: list[list[int]]) -> None:
         check_prompts(prompts, self.vocabulary)
         for prompt in prompts:

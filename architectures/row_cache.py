@@ -72,24 +72,31 @@ class RowCache(KVCache):
         self.rewind(lengths)
 
     def put(self, rows: list[int], other: "RowCache", which: list[int]) -> None:
-        """Have another cache's rows, ``which[i]`` of it as ``rows[i]``; what these had
-        is gone, as masked NaN would spread."""
+        """Have another cache's rows, ``which[i]`` of it as ``rows[i]``."""
         lengths = self._lengths.tolist()
         for row, its in zip(rows, which, strict=True):
             lengths[row] = int(other._lengths[its])
-        at, of = mx.array(rows), mx.array(which)
-        for name in ("keys", "values"):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            if theirs is None:  # prompts of one token
-                if mine is not None:
-                    mine[at] = 0
-                continue
-            if mine is None:
-                mine = mx.zeros((len(lengths), *theirs.shape[1:]), theirs.dtype)
-            mine, theirs = _with_room(mine, theirs), _with_room(theirs, mine)
-            mine[at] = theirs[of]
-            setattr(self, name, mine)
+        if other.keys is not None:  # prompts of one token have none
+            for name in ("keys", "values"):
+                mine, theirs = getattr(self, name), getattr(other, name)
+                if mine is None:
+                    mine = mx.zeros((len(lengths), *theirs.shape[1:]), theirs.dtype)
+                mine, theirs = _with_room(mine, theirs), _with_room(theirs, mine)
+                setattr(self, name, None)  # so that it is written in place
+                for row, its in zip(rows, which, strict=True):
+                    mine = _with_row(mine, row, theirs[its : its + 1])
+                setattr(self, name, mine)
         self.rewind(lengths)
+
+    def wipe(self, rows: list[int]) -> None:
+        """Have zeros in some rows."""
+        for name in ("keys", "values"):
+            cache = getattr(self, name)
+            if cache is not None:
+                zeros = mx.zeros((1, *cache.shape[1:]), cache.dtype)
+                for row in rows:
+                    cache = _with_row(cache, row, zeros)
+                setattr(self, name, cache)
 
     def make_mask(
         self, size: int, return_array: bool = False, window_size: int | None = None
@@ -146,3 +153,8 @@ def _with_room(cache: mx.array, other: mx.array) -> mx.array:
     if more <= 0:
         return cache
     return mx.pad(cache, [(0, 0), (0, 0), (0, more), (0, 0)])
+
+
+def _with_row(cache: mx.array, row: int, new: mx.array) -> mx.array:
+    """A cache (B, H, C, D) with another row (1, H, C, D)."""
+    return mx.slice_update(cache, new, mx.array([row]), axes=(0,))

@@ -83,6 +83,7 @@ class ModelDrafter:
     ) -> Generator[None, None, None]:
         """As :class:`Drafter` has it."""
         firsts = yield from self.session.put(rows, prompts)
+        self.session.wipe(rows)  # nobody looks at what a draft's logits are
         self._read_proposed()
         for row, first in zip(rows, firsts, strict=True):
             self._agreed[row], self._fed[row] = len(first) - 1, []

@@ -35,11 +35,14 @@ class Session(Protocol):
 
     def put(self, rows: list[int], prompts: list[list[int]]) -> "Arrival":
         """The same for some rows of a batch that others are decoding in, a chunk at a
-        time: the others may go on whenever this yields. What the rows had is gone."""
+        time: the others may go on whenever this yields."""
 
     def take(self, rows: list[int], blank: int = 0) -> None:
         """Have these rows instead, of which some may be the same, and behind them some
         that are nobody's."""
+
+    def wipe(self, rows: list[int]) -> None:
+        """Forget what rows have cached that may not be finite: masked NaN spreads."""
 
     def extend(self, tokens: mx.array) -> mx.array:
         """Append tokens (B, T); logits (B, T, V), those at t for the token after it."""
@@ -109,7 +112,7 @@ def check_rewind(cached: list[int], lengths: list[int]) -> None:
 def take_rows(array: mx.array, rows: list[int], blank: int) -> mx.array:
     """These rows of the first axis, and so many of zeros."""
     if rows != list(range(len(array))):
-        array = array[mx.array(rows)] if rows else array[:0]
+        array = mx.take(array, mx.array(rows, mx.int32), axis=0)
     if blank:
         array = mx.pad(array, [(0, blank)] + [(0, 0)] * (array.ndim - 1))
     return array
