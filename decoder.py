@@ -271,6 +271,7 @@ class Engine:
         self._ahead: Round | None = None
         self._failed: list[Commit] = []
         self._held = False  # whether who waits first, waits for all others to end
+        self._odd: set[int] = set()  # rows with numbers that are not finite
 
     @property
     def busy(self) -> bool:
@@ -330,6 +331,7 @@ class Engine:
         """
         current, self._ahead = self._ahead, None
         if current is None:
+            self._settle()
             self._change_rows()
             current = self._launch()
         failed, self._failed = self._failed, []
@@ -337,23 +339,33 @@ class Engine:
             return failed
         if self._drafter is None and not self._changes_wait():
             self._ahead = self._launch_ahead(current)
-        commits = [
-            row.commit(outcome, current)
-            for row, outcome in zip(current.rows, current.read(), strict=True)
-            if row and not row.finished
-        ]
+        commits = []
+        for place, outcome in enumerate(current.read()):
+            row = current.rows[place]
+            if row and not row.finished:
+                commit = row.commit(outcome, current, place)
+                commits += [commit] if commit else []
+            if outcome.finite < current.positions:
+                self._odd.add(place)
         self._free_rows()
         return failed + commits
 
     # Rounds.
+
+    def _settle(self) -> None:
+        """Have the target's caches hold what is committed, but for each last token."""
+        if not self._rows:
+            return
+        self._target.rewind([len(row.sequence) - 1 if row else 0 for row in self._rows])
+        if self._odd:
+            self._target.wipe(sorted(self._odd))
+            self._odd.clear()
 
     def _launch(self) -> "Round | None":
         """The next round, on its way; None where no row is anybody's."""
         active = self._active
         if not active:
             return None
-        sequences = [row.sequence if row else _NOBODYS for row in self._rows]
-        self._target.rewind([len(sequence) - 1 for sequence in sequences])
         size = self._draft_size(active)
         sampler = RoundSampler([row and row.sampler for row in self._rows], size)
         draft = None
@@ -407,11 +419,6 @@ class Engine:
 
     def _free_rows(self) -> None:
         """Rows whose texts are finished are nobody's."""
-        odd = [
-            p for p, row in enumerate(self._rows) if row and row.finished and row.odd
-        ]
-        if odd:
-            self._target.wipe(odd)
         self._rows = [row if row and not row.finished else None for row in self._rows]
 
     def _changes_wait(self) -> bool:
@@ -446,6 +453,7 @@ class Engine:
     def _start(self) -> None:
         """Begin a batch with those who wait, if there are any."""
         self._rows, self._held = [], False
+        self._odd.clear()
         mx.reset_peak_memory()
         while not self._rows and (newcomers := self._next_waiting(self._most)):
             size = self._size_for(len(newcomers))
@@ -478,9 +486,11 @@ class Engine:
         """Encode newcomers into rows that are free, a chunk at a time."""
         started = time.perf_counter()
         prompts = [row.request.prompt for row in newcomers]
-        firsts = yield from self._target.put(places, prompts)
+        prepared = yield from self._target.prepare(prompts)
         if self._drafter:
-            yield from self._drafter.put(places, self._draft_prompts(newcomers))
+            drafts = yield from self._drafter.prepare(self._draft_prompts(newcomers))
+            self._drafter.put(places, drafts)
+        firsts = self._target.put(places, prepared)
         for place, row in zip(places, newcomers, strict=True):
             self._rows[place] = row
         self._begin(newcomers, firsts, started)
@@ -605,6 +615,11 @@ class Round:
             )
         ]
 
+    @property
+    def positions(self) -> int:
+        """K + 1."""
+        return self.report.shape[1] - 2
+
     def fault(self, row: int) -> InputError:
         """Why there is no next token in that row."""
         if mx.isfinite(self.logits[row].max(axis=-1)).all().item():
@@ -636,6 +651,10 @@ def launch(target: Session, sampler: RoundSampler, draft: Draft | None) -> Round
     if draft.tokens.shape[1]:
         # No device checks an embedding's bounds. An id cut here is rejected later.
         inside = mx.clip(draft.tokens, 0, target.vocabulary - 1)
+        if draft.counts:
+            # What is not judged is nothing that could do harm.
+            real = mx.arange(inside.shape[1]) < mx.array(draft.counts)[:, None]
+            inside = mx.where(real, inside, fed)
         fed = mx.concatenate([fed, inside], axis=1)
     logits = target.extend(fed)
     verdict = sampler.judge(logits, draft)
@@ -656,7 +675,6 @@ class _Row:
         drafted: whether the drafter has it.
         apart: whether it is to be begun with by itself.
         finished: whether it gets no more.
-        odd: whether there were logits that are not finite.
     """
 
     def __init__(self, number: int, request: Request, rules: Rules):
@@ -665,7 +683,7 @@ class _Row:
         self.sampler: RowSampler | None = None
         self.sequence: list[int] = []
         self.budget = request.max_tokens
-        self.drafted = self.apart = self.finished = self.odd = False
+        self.drafted = self.apart = self.finished = False
         self._rules = rules
         self._stats = Stats()
         # The last token of a budget is the target's own, where that is what a draft
@@ -709,18 +727,28 @@ class _Row:
         self.finished = True
         return Commit(self.id, [], 0, "error", self._stats.copy(), error)
 
-    def commit(self, outcome: _Outcome, current: Round) -> Commit:
+    def commit(self, outcome: _Outcome, current: Round, place: int) -> Commit | None:
         """Take what stands of the draft and the target's own token, up to the end.
 
         The end is the first end-of-sequence, anywhere in the block, or the budget.
+
+        Args:
+            place: its row in the round.
+
+        Returns:
+            None where it may have been the draft that the target makes no numbers of:
+            then it goes on without one.
         """
         accepted, draft = outcome.accepted, outcome.draft
         ends = self._rules.eos_tokens
         block = [*draft[:accepted], outcome.next_token][: self.budget]
         block = up_to_end(block, ends)
-        self.odd |= outcome.finite < current.report.shape[1] - 2
         if outcome.finite < len(block):
-            return self.fail(current.fault(current.rows.index(self)))
+            if draft:
+                self.drafted = False
+                self._count(len(draft), 0, 0)
+                return None
+            return self.fail(current.fault(place))
         self.sequence += block
         self.sampler.append(block)
         self.budget -= len(block)
@@ -728,15 +756,19 @@ class _Row:
         self.finished = reason is not None
 
         taken = min(accepted, len(block))
-        rejected = taken < len(block) and accepted < len(draft)
+        self._count(len(draft), taken, taken < len(block) and accepted < len(draft))
         stats = self._stats
-        stats.rounds += 1
         stats.new_tokens += len(block)
-        stats.drafted += len(draft)
-        stats.accepted += taken
-        stats.tested += taken + rejected
-        stats.accept_histogram += [0] * (taken + 1 - len(stats.accept_histogram))
-        stats.accept_histogram[taken] += 1
         stats.decode_seconds = time.perf_counter() - self._started
         stats.peak_memory_bytes = mx.get_peak_memory()
         return Commit(self.id, block, taken, reason, stats.copy())
+
+    def _count(self, drafted: int, accepted: int, rejected: int) -> None:
+        """A round, of which so many draft tokens were judged."""
+        stats = self._stats
+        stats.rounds += 1
+        stats.drafted += drafted
+        stats.accepted += accepted
+        stats.tested += accepted + rejected
+        stats.accept_histogram += [0] * (accepted + 1 - len(stats.accept_histogram))
+        stats.accept_histogram[accepted] += 1

@@ -27,13 +27,15 @@ from mlx.utils import tree_flatten
 from checkpoints.config import T5Config
 from speculation.processors import ban
 from speculation.session import (
-    Arrival,
+    Preparing,
     check_prompts,
     check_rewind,
     chunks,
     distinct,
     finish,
+    put_row,
     take_rows,
+    wipe_row,
 )
 from system.device import FUSED, compute_early, on_cpu, on_gpu
 from system.memory import require_room
@@ -506,15 +508,25 @@ class T5Session:
         mx.eval([vars(cache) for cache in self._caches])
         return [[self.model.config.start_token] for _ in prompts]
 
-    def put(self, rows: list[int], prompts: list[list[int]]) -> Arrival:
-        """Encode prompts for some rows of the batch, in chunks of layers where they are
-        long; the others may be extended whenever this yields.
+    def prepare(self, prompts: list[list[int]]) -> Preparing:
+        """Encode prompts that are to come into the batch, in chunks of layers where
+        they are long; its rows may be extended whenever this yields.
 
         Raises:
-            PromptError, TooLongError: as :meth:`start`; the rows are what they were.
+            PromptError, TooLongError: as :meth:`start`.
         """
         self._require_room(prompts)
         sources = yield from self._encode(prompts, beside=True)
+        return prompts, sources
+
+    def put(
+        self,
+        rows: list[int],
+        prepared: tuple[list[list[int]], list[tuple[mx.array, mx.array]]],
+    ) -> list[list[int]]:
+        """Have prompts that were prepared in these rows of the batch; as :meth:`start`
+        for the rest."""
+        prompts, sources = prepared
         for row, prompt in zip(rows, prompts, strict=True):
             self.lengths[row] = 0
             self._sources[row] = len(prompt)
@@ -523,10 +535,9 @@ class T5Session:
         for cache, (k, v) in zip(self._caches, sources, strict=True):
             k, v = _with_room(k, room), _with_room(v, room)
             for which, row in enumerate(rows):
-                # A scatter of all of them takes as long, on a CPU, as the whole cache.
                 one = slice(which, which + 1)
-                cache.source_keys = _with_row(cache.source_keys, row, k[one])
-                cache.source_values = _with_row(cache.source_values, row, v[one])
+                cache.source_keys = put_row(cache.source_keys, row, k[one])
+                cache.source_values = put_row(cache.source_values, row, v[one])
         mx.eval([vars(cache) for cache in self._caches])
         return [[self.model.config.start_token] for _ in prompts]
 
@@ -542,12 +553,12 @@ class T5Session:
         mx.eval([vars(cache) for cache in self._caches])
 
     def wipe(self, rows: list[int]) -> None:
-        """Forget numbers that are not finite: what is masked would spread."""
+        """Have zeros behind the cached positions of these rows: what is masked there
+        spreads if it is not finite."""
         for cache in self._caches:
             for row in rows:
-                zeros = mx.zeros((1, *cache.keys.shape[1:]), cache.keys.dtype)
-                cache.keys = _with_row(cache.keys, row, zeros)
-                cache.values = _with_row(cache.values, row, zeros)
+                cache.keys = wipe_row(cache.keys, row, self.lengths[row])
+                cache.values = wipe_row(cache.values, row, self.lengths[row])
 
     def _encode(
         self, prompts: list[list[int]], beside: bool
@@ -717,8 +728,3 @@ def _with_room(cache: mx.array, room: int) -> mx.array:
     if more < 0:
         return mx.contiguous(cache[:, :, :room])
     return mx.pad(cache, [(0, 0), (0, 0), (0, more), (0, 0)]) if more else cache
-
-
-def _with_row(cache: mx.array, row: int, new: mx.array) -> mx.array:
-    """A cache (B, H, C, D) with another row (1, H, C, D)."""
-    return mx.slice_update(cache, new, mx.array([row]), axes=(0,))

@@ -18,7 +18,7 @@ from architectures.row_cache import ROOM, RowCache
 from speculation.processors import ban
 from speculation.session import (
     CHUNK,
-    Arrival,
+    Preparing,
     check_prompts,
     check_rewind,
     distinct,
@@ -119,22 +119,31 @@ class CausalSession:
         self.lengths = [len(prompt) - 1 for prompt in prompts]
         return [list(prompt) for prompt in prompts]
 
-    def put(self, rows: list[int], prompts: list[list[int]]) -> Arrival:
-        """Prefill prompts for some rows of the batch, a chunk at a time; the others may
-        be extended whenever this yields.
+    def prepare(self, prompts: list[list[int]]) -> Preparing:
+        """Prefill prompts that are to come into the batch, a chunk at a time; its rows
+        may be extended whenever this yields.
 
         Raises:
-            PromptError, TooLongError: as :meth:`start`; the rows are what they were.
+            PromptError, TooLongError: as :meth:`start`.
         """
         self._check(prompts)
         once, copy_of = distinct(prompts)
         self._require_room(once, 0, len(prompts))
         apart = copy(self)  # the same model, caches of its own
         apart._begin(len(once))
-        for _ in apart._prefill(once, 0, CHUNK):
-            yield
+        yield from apart._prefill(once, 0, CHUNK)
+        return prompts, apart._caches, copy_of
+
+    def put(
+        self,
+        rows: list[int],
+        prepared: tuple[list[list[int]], list[RowCache], list[int]],
+    ) -> list[list[int]]:
+        """Have prompts that were prepared in these rows of the batch; as :meth:`start`
+        for the rest."""
+        prompts, caches, copy_of = prepared
         self._fed = None
-        for mine, theirs in zip(self._caches, apart._caches, strict=True):
+        for mine, theirs in zip(self._caches, caches, strict=True):
             mine.put(rows, theirs, copy_of)
         for row, prompt in zip(rows, prompts, strict=True):
             self.lengths[row] = len(prompt) - 1
@@ -153,7 +162,8 @@ class CausalSession:
         self.lengths = lengths
 
     def wipe(self, rows: list[int]) -> None:
-        """Forget numbers that are not finite: what is masked would spread."""
+        """Have zeros behind the cached positions of these rows: what is masked there
+        spreads if it is not finite."""
         for cache in self._caches:
             cache.wipe(rows)
 

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import KVCache, create_attention_mask
 
-from speculation.session import take_rows
+from speculation.session import put_row, take_rows, wipe_row
 
 ROOM = 256  # positions by which a cache grows
 
@@ -84,19 +84,17 @@ class RowCache(KVCache):
                 mine, theirs = _with_room(mine, theirs), _with_room(theirs, mine)
                 setattr(self, name, None)  # so that it is written in place
                 for row, its in zip(rows, which, strict=True):
-                    mine = _with_row(mine, row, theirs[its : its + 1])
+                    mine = put_row(mine, row, theirs[its : its + 1])
                 setattr(self, name, mine)
         self.rewind(lengths)
 
     def wipe(self, rows: list[int]) -> None:
-        """Have zeros in some rows."""
-        for name in ("keys", "values"):
-            cache = getattr(self, name)
-            if cache is not None:
-                zeros = mx.zeros((1, *cache.shape[1:]), cache.dtype)
-                for row in rows:
-                    cache = _with_row(cache, row, zeros)
-                setattr(self, name, cache)
+        """Have zeros behind the positions that count, in these rows."""
+        for row in rows:
+            length = int(self._lengths[row])
+            if self.keys is not None and length < self.keys.shape[2]:
+                self.keys = wipe_row(self.keys, row, length)
+                self.values = wipe_row(self.values, row, length)
 
     def make_mask(
         self, size: int, return_array: bool = False, window_size: int | None = None
@@ -153,8 +151,3 @@ def _with_room(cache: mx.array, other: mx.array) -> mx.array:
     if more <= 0:
         return cache
     return mx.pad(cache, [(0, 0), (0, 0), (0, more), (0, 0)])
-
-
-def _with_row(cache: mx.array, row: int, new: mx.array) -> mx.array:
-    """A cache (B, H, C, D) with another row (1, H, C, D)."""
-    return mx.slice_update(cache, new, mx.array([row]), axes=(0,))

@@ -6,16 +6,15 @@ that a fully accepted round, a rejection, a round that somebody else drafted and
 without a draft are all the same case.
 """
 
-from collections.abc import Generator
 from collections.abc import Set as AbstractSet
-from typing import Protocol
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
 
 from speculation.acceptance import Draft
 from speculation.samplers import RoundSampler
-from speculation.session import Session
+from speculation.session import Preparing, Session
 
 #: Draft steps after which a step's token is looked at: nothing is of use behind an end.
 LOOK_BACK = 16
@@ -33,10 +32,11 @@ class Drafter(Protocol):
     def start(self, prompts: list[list[int]]) -> None:
         """Prepare for a batch of prompts (B lists of token ids)."""
 
-    def put(
-        self, rows: list[int], prompts: list[list[int]]
-    ) -> Generator[None, None, None]:
-        """The same for some rows of a batch, as :meth:`Session.put` does it."""
+    def prepare(self, prompts: list[list[int]]) -> Preparing:
+        """As :meth:`Session.prepare`."""
+
+    def put(self, rows: list[int], prepared: Any) -> None:
+        """As :meth:`Session.put`."""
 
     def take(self, rows: list[int], blank: int = 0) -> None:
         """As :meth:`Session.take`."""
@@ -78,12 +78,14 @@ class ModelDrafter:
         self._proposed: mx.array | None = None
         self._fed: list[list[int]] = [[] for _ in firsts]
 
-    def put(
-        self, rows: list[int], prompts: list[list[int]]
-    ) -> Generator[None, None, None]:
+    def prepare(self, prompts: list[list[int]]) -> Preparing:
         """As :class:`Drafter` has it."""
-        firsts = yield from self.session.put(rows, prompts)
-        self.session.wipe(rows)  # nobody looks at what a draft's logits are
+        return self.session.prepare(prompts)
+
+    def put(self, rows: list[int], prepared: Any) -> None:
+        """As :class:`Drafter` has it."""
+        firsts = self.session.put(rows, prepared)
+        self.session.wipe(rows)  # nobody looks at whether a draft's logits are finite
         self._read_proposed()
         for row, first in zip(rows, firsts, strict=True):
             self._agreed[row], self._fed[row] = len(first) - 1, []

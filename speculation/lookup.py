@@ -1,6 +1,5 @@
 """Drafting without a model: what followed the same words before."""
 
-from collections.abc import Generator
 from copy import copy
 
 import mlx.core as mx
@@ -9,6 +8,7 @@ import numpy as np
 from speculation.acceptance import Draft
 from speculation.drafting import up_to_end
 from speculation.samplers import RoundSampler
+from speculation.session import Preparing
 
 
 class LookupDrafter:
@@ -25,13 +25,15 @@ class LookupDrafter:
         """As :class:`Drafter` has it."""
         self._rows = [_Occurrences(prompt) for prompt in prompts]
 
-    def put(
-        self, rows: list[int], prompts: list[list[int]]
-    ) -> Generator[None, None, None]:
+    def prepare(self, prompts: list[list[int]]) -> Preparing:
         """As :class:`Drafter` has it."""
-        for row, prompt in zip(rows, prompts, strict=True):
-            self._rows[row] = _Occurrences(prompt)
         yield from ()
+        return prompts
+
+    def put(self, rows: list[int], prepared: list[list[int]]) -> None:
+        """As :class:`Drafter` has it."""
+        for row, prompt in zip(rows, prepared, strict=True):
+            self._rows[row] = _Occurrences(prompt)
 
     def take(self, rows: list[int], blank: int = 0) -> None:
         """As :class:`Drafter` has it."""

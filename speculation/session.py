@@ -1,7 +1,7 @@
 """What the decoding loop asks of a model: its session, one batch and its caches."""
 
 from collections.abc import Generator, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import mlx.core as mx
 
@@ -33,16 +33,21 @@ class Session(Protocol):
         """Encode or prefill a batch; the tokens that each row's decoding starts
         from."""
 
-    def put(self, rows: list[int], prompts: list[list[int]]) -> "Arrival":
-        """The same for some rows of a batch that others are decoding in, a chunk at a
-        time: the others may go on whenever this yields."""
+    def prepare(self, prompts: list[list[int]]) -> "Preparing":
+        """Encode or prefill prompts that are to come into a batch, a chunk at a time:
+        rows of it may be extended whenever this yields."""
+
+    def put(self, rows: list[int], prepared: Any) -> list[list[int]]:
+        """Have what was prepared in these rows of the batch; what :meth:`start` would
+        have returned for it."""
 
     def take(self, rows: list[int], blank: int = 0) -> None:
         """Have these rows instead, of which some may be the same, and behind them some
         that are nobody's."""
 
     def wipe(self, rows: list[int]) -> None:
-        """Forget what rows have cached that may not be finite: masked NaN spreads."""
+        """Have zeros behind the cached positions of these rows: what is masked there
+        spreads if it is not finite."""
 
     def extend(self, tokens: mx.array) -> mx.array:
         """Append tokens (B, T); logits (B, T, V), those at t for the token after it."""
@@ -57,15 +62,15 @@ class Session(Protocol):
         """What a batch takes whose prompts and answers have up to so many tokens."""
 
 
-#: Yields while there is more to do; returns what :meth:`Session.start` returns.
-Arrival = Generator[None, None, list[list[int]]]
+#: Yields while there is more to do; returns what :meth:`Session.put` is to be given.
+Preparing = Generator[None, None, Any]
 
 
-def finish(arrival: Arrival) -> list[list[int]]:
+def finish(preparing: Preparing) -> Any:
     """What it returns in the end, at once."""
     while True:
         try:
-            next(arrival)
+            next(preparing)
         except StopIteration as done:
             return done.value
 
@@ -116,3 +121,17 @@ def take_rows(array: mx.array, rows: list[int], blank: int) -> mx.array:
     if blank:
         array = mx.pad(array, [(0, blank)] + [(0, 0)] * (array.ndim - 1))
     return array
+
+
+def put_row(cache: mx.array, row: int, new: mx.array) -> mx.array:
+    """A cache (B, ...) with another row (1, ...); in place where nobody else holds
+    it. (On a CPU a scatter of several rows takes as long as copying the whole.)"""
+    return mx.slice_update(cache, new, mx.array([row]), axes=(0,))
+
+
+def wipe_row(cache: mx.array, row: int, length: int) -> mx.array:
+    """A cache (B, H, C, D) with zeros behind the first positions of a row."""
+    zeros = mx.zeros((1, cache.shape[1], cache.shape[2] - length, cache.shape[3]))
+    return mx.slice_update(
+        cache, zeros.astype(cache.dtype), mx.array([row, length]), axes=(0, 2)
+    )

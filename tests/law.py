@@ -95,8 +95,11 @@ class Point:
     def start(self, prompts):
         pass
 
-    def put(self, rows, prompts):
+    def prepare(self, prompts):
         yield from ()
+
+    def put(self, rows, prepared):
+        pass
 
     def take(self, rows, blank=0):
         pass

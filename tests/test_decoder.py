@@ -47,8 +47,11 @@ class Scripted:
     def start(self, prompts):
         pass
 
-    def put(self, rows, prompts):
+    def prepare(self, prompts):
         yield from ()
+
+    def put(self, rows, prepared):
+        pass
 
     def take(self, rows, blank=0):
         pass

@@ -1,0 +1,421 @@
+"""The engine: rows that come and go do not know of each other."""
+
+from types import SimpleNamespace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import VOCABULARY
+from hypothesis import given
+from hypothesis import strategies as st
+from test_decoder import NEVER, Checked, Scripted, decode
+from tiny_causal import tiny_causal
+
+import model
+from architectures import causal_model, causal_session, t5
+from architectures.causal_session import CausalSession
+from decoder import Engine, Request, Stats
+from speculation import session
+from speculation.drafting import ModelDrafter
+from speculation.lookup import LookupDrafter
+from speculation.sampling import GREEDY, Sampling
+from system import memory
+from system.errors import InputError, NoRoomError
+
+#: Of mixed lengths; the tiny models answer them with varied texts.
+PROMPTS = [
+    [10, 11, 12, 40],
+    [*range(24, 32)],
+    [31, 32],
+    [7],
+    [*range(40, 90, 2)],
+    [5, 9, 5, 9, 5],
+    [*range(60, 20, -3), 2],
+    [33, 32, 31],
+]
+#: That a token's embedding is NaN in the models of some tests.
+POISON = 95
+
+
+def run(engine, requests, admit_at=None, cancel_at=None):
+    """Every request's tokens, last commit and, where it failed, error.
+
+    Args:
+        admit_at: the step before which each is admitted; all at once by default.
+        cancel_at: steps before which requests, by their place, are cancelled.
+    """
+    admit_at = admit_at or [0] * len(requests)
+    cancel_at = cancel_at or {}
+    tokens, last, ids = {}, {}, {}
+    step = 0
+    while engine.busy or step <= max([*admit_at, *cancel_at]):
+        for place, request in enumerate(requests):
+            if admit_at[place] == step:
+                ids[engine.admit(request)] = place
+        for place in cancel_at.get(step, ()):
+            engine.cancel({v: k for k, v in ids.items()}.get(place, -1))
+        for commit in engine.step():
+            place = ids[commit.id]
+            assert place not in last or last[place].finish_reason is None
+            tokens.setdefault(place, []).extend(commit.tokens)
+            last[place] = commit
+        step += 1
+        assert step < 2000
+    return tokens, last
+
+
+@pytest.fixture(scope="module")
+def families(tiny, make, tmp_path_factory):
+    """For each family a target, drafts for it, and a copy of the target for texts
+    alone."""
+
+    def causal(kind, **options):
+        oracle = tiny_causal(kind, **options)
+        folder = tmp_path_factory.mktemp(kind)
+        oracle.save_pretrained(folder)
+        return CausalSession(causal_model.load(folder).model, VOCABULARY)
+
+    found = {
+        "t5": (
+            Checked(tiny[1]),
+            Checked(tiny[1]),
+            Checked(t5.load(make(noise=0.05)[2])),
+        )
+    }
+    for kind in ("gpt2", "llama"):
+        found[kind] = causal(kind), causal(kind), causal(kind, noise=0.03)
+    return {
+        kind: SimpleNamespace(
+            target=target,
+            alone=alone,
+            drafters={
+                "good": ModelDrafter(good),
+                "no such id": Scripted(lambda s, n: ([10**6, -5] * n)[:n]),
+                "always the end": Scripted(lambda s, n: [1] * n),
+                "now and then": Scripted(lambda s, n: [s[-1]] * n, ragged=len),
+                "lookup": LookupDrafter(),
+            },
+        )
+        for kind, (target, alone, good) in found.items()
+    }
+
+
+DRAFTERS = ["good", "no such id", "always the end", "now and then", "lookup"]
+
+
+@pytest.mark.parametrize("kind", ["t5", "gpt2", "llama"])
+@given(data=st.data())
+def test_every_row_is_what_it_is_alone(families, kind, data):
+    """Whatever is beside it, before it in its row, and whenever it comes or leaves;
+    and however long an encoding is cut up."""
+    family = families[kind]
+    drafter = family.drafters[data.draw(st.sampled_from(DRAFTERS))]
+    num_draft = data.draw(st.integers(0, 8))
+    places = st.integers(0, len(PROMPTS) - 1)
+    chosen = data.draw(st.lists(places, min_size=1, max_size=12))
+    ends = st.frozensets(st.integers(1, 94), max_size=12)
+    requests = [
+        Request(PROMPTS[place], data.draw(ends), data.draw(st.integers(1, 24)))
+        for place in chosen
+    ]
+    admit_at = [data.draw(st.integers(0, 12)) for _ in requests]
+    cancel_at = data.draw(
+        st.dictionaries(
+            st.integers(1, 20), st.lists(st.integers(0, 11), max_size=2), max_size=3
+        )
+    )
+    gone = {place for places in cancel_at.values() for place in places}
+    chunk = data.draw(st.sampled_from([1, 5, 512]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "CHUNK", chunk)
+        patch.setattr(causal_session, "CHUNK", chunk)
+        engine = Engine(
+            family.target,
+            drafter,
+            num_draft=num_draft,
+            rows=data.draw(st.integers(1, 16)),
+        )
+        tokens, last = run(engine, requests, admit_at, cancel_at)
+    for place, request in enumerate(requests):
+        alone, reasons, _ = decode(
+            family.alone,
+            None,
+            [request.prompt],
+            eos_tokens=request.eos_tokens,
+            max_tokens=request.max_tokens,
+        )
+        got = tokens.get(place, [])
+        if place in gone and got != alone[0]:
+            assert got == alone[0][: len(got)]
+            continue
+        assert got == alone[0]
+        assert last[place].finish_reason == reasons[0]
+        assert sum(last[place].stats.accept_histogram) == last[place].stats.rounds
+
+
+RULES = [
+    GREEDY,
+    Sampling(repetition_penalty=1.4, no_repeat_ngram_size=2),
+    Sampling(temperature=1.0, seed=3),
+    Sampling(temperature=0.8, top_k=20, seed=4),
+    Sampling(temperature=0.8, top_k=20, seed=5),
+    Sampling(temperature=1.3, top_p=0.9, encoder_no_repeat_ngram_size=1, seed=1),
+]
+
+
+@pytest.mark.parametrize("kind", ["t5", "llama"])
+@pytest.mark.parametrize("drafter", ["good", "lookup", "always the end"])
+@pytest.mark.parametrize("num_draft", [0, 3])
+def test_rules_of_their_own(families, kind, drafter, num_draft):
+    """One batch with greedy and sampled texts, penalties, seeds and delta: each is what
+    its own rules make of it alone. Batches of 1, 4 and 16 give the same texts."""
+    family = families[kind]
+    requests = [
+        Request(
+            PROMPTS[place % len(PROMPTS)],
+            frozenset({3, 1}),
+            10 + place % 7,
+            0.3 if place % 4 == 0 else 0.0,
+            RULES[place % len(RULES)],
+            (place, 0),
+        )
+        for place in range(18)
+    ]
+    texts = []
+    for rows in (1, 4, 16):
+        engine = Engine(
+            family.target, family.drafters[drafter], num_draft=num_draft, rows=rows
+        )
+        texts.append(run(engine, requests)[0])
+    assert texts[0] == texts[1] == texts[2]
+    assert len({tuple(text) for text in texts[0].values()}) > 10
+
+
+def test_rows_that_share_rules_are_computed_together(families):
+    """And those that do not are not: by the operations' shapes."""
+    family = families["t5"]
+    seen = []
+
+    class Watched:
+        def __call__(self, logits, prefix):
+            seen.append(len(logits))
+            return logits
+
+    rule = Watched()
+    requests = [
+        Request(prompt, NEVER, 4, sampling=Sampling(processors=(rule,), seed=seed))
+        for seed, prompt in enumerate(PROMPTS[:4])
+    ]
+    run(Engine(family.target, None, rows=4), requests)
+    assert set(seen) == {4}
+    seen.clear()
+    mixed = [*requests[:3], Request(PROMPTS[3], NEVER, 4)]
+    run(Engine(family.target, None, rows=4), mixed)
+    assert set(seen) == {3}
+
+
+@pytest.fixture(scope="module")
+def poisoned(make):
+    """A target that makes NaN of one token, and of that alone."""
+    loaded = t5.load(make()[2])
+    weight = np.array(loaded.embedding.weight)
+    loaded.head = model.Linear(weight.shape[1], len(weight))  # no longer the embedding
+    loaded.head.weight = mx.array(weight)
+    weight[POISON] = np.nan
+    loaded.embedding.weight = mx.array(weight)
+    return model.T5Session(loaded)
+
+
+@pytest.mark.parametrize("num_draft", [0, 3])
+def test_a_row_that_fails_fails_alone(poisoned, families, num_draft):
+    """Its neighbours go on, and who comes into its row is not touched."""
+    drafter = families["t5"].drafters["good"]
+    bad = [4, POISON, 5]
+    prompts = [PROMPTS[0], bad, PROMPTS[1], *PROMPTS[2:], bad, *PROMPTS]
+    requests = [Request(prompt, NEVER, 12) for prompt in prompts]
+    for rows in (2, 4):
+        engine = Engine(poisoned, drafter, num_draft=num_draft, rows=rows)
+        tokens, last = run(engine, requests)
+        for place, prompt in enumerate(prompts):
+            if prompt is bad:
+                assert "not finite" in str(last[place].error)
+                assert last[place].finish_reason == "error"
+                assert tokens[place] == []
+            else:
+                alone = decode(families["t5"].alone, None, [prompt], max_tokens=12)
+                assert tokens[place] == alone[0][0]
+
+
+@pytest.mark.parametrize("max_tokens", range(6, 14))
+def test_a_draft_token_that_is_poison_is_rejected(poisoned, families, max_tokens):
+    """What it leaves in the caches reaches nothing, though the last drafts are
+    shorter."""
+    drafter = Scripted(lambda sequence, n: [POISON] * n)
+    requests = [Request(prompt, NEVER, max_tokens) for prompt in PROMPTS[:3]]
+    tokens, _ = run(Engine(poisoned, drafter, num_draft=4, rows=3), requests)
+    for place, request in enumerate(requests):
+        alone = decode(
+            families["t5"].alone, None, [request.prompt], max_tokens=max_tokens
+        )
+        assert tokens[place] == alone[0][0]
+
+
+def test_nothing_left_to_choose_ends_one_row(families):
+    everything = tuple(range(VOCABULARY))
+    odd = Request(PROMPTS[0], NEVER, 5, sampling=Sampling(suppress_tokens=everything))
+    fine = Request(PROMPTS[1], NEVER, 5)
+    tokens, last = run(Engine(families["t5"].target, None, rows=2), [odd, fine])
+    assert "no token is left" in str(last[0].error)
+    assert (
+        tokens[1]
+        == decode(families["t5"].alone, None, [PROMPTS[1]], max_tokens=5)[0][0]
+    )
+
+
+@pytest.mark.parametrize("kind", ["t5", "gpt2"])
+def test_a_prompt_that_cannot_be_begun_with(families, kind):
+    """An id that does not exist, no token at all: named, the others unharmed."""
+    family = families[kind]
+    prompts = [PROMPTS[0], [VOCABULARY + 7], PROMPTS[1], [], *PROMPTS[2:]]
+    requests = [Request(prompt, NEVER, 6) for prompt in prompts]
+    for admit_at in (None, [0, 3, 3, 3, *[2] * 6]):
+        engine = Engine(family.target, family.drafters["good"], num_draft=2, rows=4)
+        tokens, last = run(engine, requests, admit_at)
+        assert "token id" in str(last[1].error)
+        assert "empty" in str(last[3].error)
+        for place in (0, 2, *range(4, len(prompts))):
+            alone = decode(family.alone, None, [prompts[place]], max_tokens=6)
+            assert tokens[place] == alone[0][0]
+
+
+def test_too_little_memory_for_all_at_once(families, monkeypatch):
+    """Who does not fit beside the others waits for them; who fits nowhere is told."""
+    family = families["t5"]
+
+    def require_room(length, size):
+        most = 30 if family.target.lengths else 60
+        if length > most:
+            raise NoRoomError(f"{length} tokens are too many")
+
+    monkeypatch.setattr(model, "require_room", require_room)
+    long, longer = [9, *range(4, 54)], [9] * 70
+    prompts = [PROMPTS[0], PROMPTS[1], long, PROMPTS[2], longer, PROMPTS[3]]
+    requests = [Request(prompt, NEVER, 6) for prompt in prompts]
+    family.target.forget()
+
+    engine = Engine(family.target, None, rows=2)
+    start = family.target.start
+
+    def starting(prompts):
+        family.target.forget()
+        return start(prompts)
+
+    monkeypatch.setattr(family.target, "start", starting)
+    tokens, last = run(engine, requests)
+    assert "too many" in str(last[4].error)
+    monkeypatch.undo()
+    for place in (0, 1, 2, 3, 5):
+        alone = decode(family.alone, None, [prompts[place]], max_tokens=6)
+        assert tokens[place] == alone[0][0]
+
+
+def test_the_batch_grows_no_further_than_the_memory(families, monkeypatch):
+    family = families["t5"]
+    monkeypatch.setattr(memory, "SMALL", 0)
+    monkeypatch.setattr(memory, "free", lambda: family.target.batch_bytes(4, 25, 6))
+    engine = Engine(family.target, None, rows=16)
+    requests = [Request(prompt, NEVER, 6) for prompt in PROMPTS * 2]
+    engine.admit(requests[0])
+    engine.step()
+    for request in requests[1:]:
+        engine.admit(request)
+    rows = []
+    while engine.busy:
+        engine.step()
+        rows.append(len(engine._rows))
+    assert max(rows) == 4
+
+
+def test_row_counts_are_few(families):
+    """Powers of two, and no more rows than texts for long."""
+    family = families["t5"]
+    engine = Engine(family.target, None, rows=16)
+    for place in range(21):
+        engine.admit(Request(PROMPTS[place % 8], NEVER, 3 + 2 * place))
+    seen = []
+    while engine.busy:
+        engine.step()
+        seen.append(len(engine._rows))
+    assert set(seen) == {16, 8, 4, 2, 1}
+    assert seen == sorted(seen, reverse=True)
+
+
+def test_commits_keep_their_figures(families):
+    """Each has a copy: those of earlier rounds do not change."""
+    engine = Engine(families["t5"].target, None, rows=1)
+    engine.admit(Request(PROMPTS[0], NEVER, 5))
+    commits = []
+    while engine.busy:
+        commits += engine.step()
+    assert [commit.stats.new_tokens for commit in commits] == [1, 2, 3, 4, 5]
+    assert [sum(c.stats.accept_histogram) for c in commits] == [1, 2, 3, 4, 5]
+    assert isinstance(commits[0].stats, Stats)
+
+
+def test_cancelled_before_it_began_and_all_cancelled(families):
+    engine = Engine(families["t5"].target, None, rows=1)
+    first = engine.admit(Request(PROMPTS[0], NEVER, 50))
+    second = engine.admit(Request(PROMPTS[1], NEVER, 50))
+    engine.step()
+    engine.cancel(second)
+    engine.cancel(first)
+    engine.cancel(99)
+    assert not engine.busy
+    assert engine.step() == []
+    tokens, _ = run(engine, [Request(PROMPTS[2], NEVER, 5)])
+    alone = decode(families["t5"].alone, None, [PROMPTS[2]], max_tokens=5)
+    assert tokens[0] == alone[0][0]
+
+
+@pytest.mark.parametrize("kind", ["t5", "llama"])
+def test_a_long_prompt_does_not_stop_the_others(families, kind, monkeypatch):
+    """While it is encoded they have their rounds."""
+    monkeypatch.setattr(session, "CHUNK", 8)
+    monkeypatch.setattr(causal_session, "CHUNK", 8)
+    family = families[kind]
+    engine = Engine(family.target, None, rows=2)
+    short = engine.admit(Request(PROMPTS[0], NEVER, 60))
+    for _ in range(3):
+        engine.step()
+    long = engine.admit(Request([*range(4, 90)], NEVER, 3))
+    before = 0
+    while True:
+        commits = engine.step()
+        if any(commit.id == long for commit in commits):
+            break
+        assert [commit.id for commit in commits] == [short]
+        before += 1
+    assert before >= 2
+
+
+@pytest.mark.parametrize("rows", [0, -1])
+def test_no_rows(families, rows):
+    with pytest.raises(InputError, match="batch-size"):
+        Engine(families["t5"].target, None, rows=rows)
+
+
+def test_a_draft_without_room_for_one_prompt_drafts_for_the_others(families, tmp_path):
+    """Of a draft with few positions: what it cannot be given is decoded by the target
+    alone, and it drafts again in that row for who comes next."""
+    oracle = tiny_causal("gpt2", positions=16)
+    oracle.save_pretrained(tmp_path)
+    small = CausalSession(causal_model.load(tmp_path).model, VOCABULARY, positions=16)
+    family = families["gpt2"]
+    prompts = [PROMPTS[4], PROMPTS[2], PROMPTS[3], PROMPTS[4], PROMPTS[0]]
+    requests = [Request(prompt, NEVER, 20) for prompt in prompts]
+    engine = Engine(family.target, ModelDrafter(small), num_draft=3, rows=2)
+    tokens, last = run(engine, requests)
+    for place, prompt in enumerate(prompts):
+        alone = decode(family.alone, None, [prompt], max_tokens=20)
+        assert tokens[place] == alone[0][0]
+        assert (last[place].stats.drafted > 0) == (len(prompt) < 16)
