@@ -2,6 +2,7 @@
 
     python benchmark.py [--model NAME --draft-model NAME] [--prompts FILE]
         [--num-draft 0..8] [--delta 0,0.5] [--temperature 0,1] [--baseline NAME]
+    python benchmark.py --batch-size 1,8,32 --num-draft 0,2
     python benchmark.py --simulate-alpha 0.75 --target-config t5-base
         --draft-config t5-small
 
@@ -33,13 +34,14 @@ from typing import Any
 
 from console.choosing import choose_pair
 from decoder import MAX_TOKENS, check_options
-from measuring import baselines
+from measuring import baselines, batches
+from measuring.batches import BatchRow, measure_batches
 from measuring.figures import FEWEST, Row, rows_of, sacrebleu
 from measuring.machine import header
 from measuring.plot import plot, require_matplotlib
 from measuring.prompts import read_prompts
 from measuring.simulation import SimulatedPair
-from measuring.table import LEGEND, table
+from measuring.table import BATCH_COLUMNS, BATCH_LEGEND, COLUMNS, LEGEND, table
 from measuring.timing import measure
 from measuring.variants import Cell, ours, simulated, theirs
 from system.errors import InputError, Parser, run, say
@@ -133,6 +135,12 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
         help=f"tokens per answer (default: {MAX_TOKENS}; simulated: "
         f"{SIMULATED_TOKENS}, and every answer has so many)",
     )
+    add(
+        "--batch-size",
+        type=sweep,
+        metavar="1,8,32",
+        help="measure lines per second instead, so many prompts at once",
+    )
     add("--repeats", type=positive, default=1, metavar="N", help="timings per prompt")
     add(
         "--baseline",
@@ -156,6 +164,10 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
     add("--draft-config", metavar="NAME", help=shape % DRAFT_CONFIG)
     args = parser.parse_args(arguments)
     named = args.model or args.draft_model or args.unverified or args.prompts != PROMPTS
+    if args.batch_size and (min(args.batch_size) < 1 or args.plot):
+        raise InputError("--batch-size is at least 1, and goes not with --plot")
+    if args.batch_size and args.simulate_alpha is not None:
+        raise InputError("--batch-size does not go with --simulate-alpha")
     if args.simulate_alpha is not None and named:
         raise InputError(
             "--simulate-alpha is for shapes without weights: it goes with none of "
@@ -196,13 +208,15 @@ def main() -> None:
     swept = cells(args)
     require_matplotlib(args.plot)
     about = header(args.repeats)
-    if args.simulate_alpha is None:
+    if args.batch_size:
+        rows = _batched(args, swept, about)
+    elif args.simulate_alpha is None:
         rows = _measured(args, swept, about)
     else:
         rows = _simulated(args, swept, about)
-    for line in table(rows):
+    for line in table(rows, BATCH_COLUMNS if args.batch_size else COLUMNS):
         print(line)
-    say(LEGEND)
+    say(BATCH_LEGEND if args.batch_size else LEGEND)
     if args.json:
         value = {**about, "rows": [asdict(row) for row in rows]}
         args.json.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
@@ -244,6 +258,35 @@ def _measured(args: Namespace, swept: list[Cell], about: dict[str, Any]) -> list
     return rows_of(
         variants, answers, list(references.values()), pair.target, pair.drafter, ids
     )
+
+
+def _batched(
+    args: Namespace, swept: list[Cell], about: dict[str, Any]
+) -> list[BatchRow]:
+    """The table of a pair, its prompts and batch sizes."""
+    references = read_prompts(args.prompts, args.limit)
+    prompts = list(references)
+    sacrebleu(prompts, list(references.values()))  # if it is missing, say so now
+    max_tokens = _room_for(swept, args.max_tokens or MAX_TOKENS)
+    pair = choose_pair(
+        args.model, args.draft_model, plain=False, unverified=args.unverified
+    )
+    if MLX_LM in args.baseline:
+        raise InputError("--baseline mlx-lm does not go with --batch-size")
+    kept = [cell for cell in swept if cell.num_draft in args.num_draft]
+    variants = [
+        batches.ours(pair, cell, size, max_tokens)
+        for cell in kept or swept
+        for size in args.batch_size
+    ]
+    for name in args.baseline:
+        baseline = baselines.MAKE[name](pair, max_tokens)
+        if baseline.generate_batch is None:
+            raise InputError(f"--baseline {name} does not go with --batch-size")
+        variants += [batches.theirs(pair, baseline, size) for size in args.batch_size]
+    about |= {"prompts": len(prompts), "max_tokens": max_tokens}
+    _say_all(about)
+    return measure_batches(variants, prompts, list(references.values()), args.repeats)
 
 
 def _room_for(swept: list[Cell], max_tokens: int) -> int:

@@ -17,7 +17,7 @@ from architectures.slim import is_slim
 from architectures.t5 import load
 from model import T5
 from pair import Pair
-from speculation.drafting import ModelDrafter
+from speculation.drafting import ModelDrafter, up_to_end
 from system.device import on_gpu
 from system.errors import InputError
 
@@ -30,12 +30,14 @@ class Baseline:
         generate: a prompt's ids -> the new tokens, end-of-sequence included, and the
             passes of the target where they can be counted.
         threads: whose threads compute.
+        generate_batch: the same of several prompts at once; None where it cannot.
     """
 
     name: str
     generate: Callable[[list[int]], tuple[list[int], int | None]]
     temperature: float = 0.0
     threads: str = "mlx"
+    generate_batch: Callable[[list[list[int]]], list[list[int]]] | None = None
 
 
 def transformers_generate(pair: Pair, max_tokens: int) -> Baseline:
@@ -126,14 +128,26 @@ def _transformers(pair: Pair, max_tokens: int, assisted: bool) -> Baseline:
         options["assistant_model"] = assistant
         name = f"transformers assisted, {device.type}"
 
-    def generate(prompt: list[int]) -> tuple[list[int], None]:
-        ids = torch.tensor([prompt], device=device)
-        with torch.inference_mode():
-            mask = torch.ones_like(ids)
-            out = reference.generate(input_ids=ids, attention_mask=mask, **options)
-        return out[0, 1:].tolist(), None
+    ends, padding = target.config.eos_tokens, reference.config.pad_token_id or 0
 
-    return Baseline(name, generate, threads="torch")
+    def generate_batch(prompts: list[list[int]]) -> list[list[int]]:
+        longest = max(map(len, prompts))
+        rows = [prompt + [padding] * (longest - len(prompt)) for prompt in prompts]
+        mask = [[int(i < len(prompt)) for i in range(longest)] for prompt in prompts]
+        with torch.inference_mode():
+            out = reference.generate(
+                input_ids=torch.tensor(rows, device=device),
+                attention_mask=torch.tensor(mask, device=device),
+                **options,
+            )
+        # What follows a row's end is padding.
+        return [up_to_end(row, ends) for row in out[:, 1:].tolist()]
+
+    def generate(prompt: list[int]) -> tuple[list[int], None]:
+        return generate_batch([prompt])[0], None
+
+    several = None if assisted else generate_batch  # it drafts for one at a time
+    return Baseline(name, generate, threads="torch", generate_batch=several)
 
 
 def _generating(model: T5, folder: Path) -> Any:
@@ -180,17 +194,26 @@ def ctranslate2(pair: Pair, max_tokens: int, int8: bool = False) -> Baseline:
     names = {token: name for name, token in pair.tokenizer.ids.items()}
     ends = pair.eos_tokens
 
-    def generate(prompt: list[int]) -> tuple[list[int], None]:
-        (result,) = translator.translate_batch(
-            [[names[token] for token in prompt]],
+    def generate_batch(prompts: list[list[int]]) -> list[list[int]]:
+        results = translator.translate_batch(
+            [[names[token] for token in prompt] for prompt in prompts],
             beam_size=1,
             max_decoding_length=max_tokens,
             end_token=[names[token] for token in ends],
             return_end_token=True,
         )
-        return [pair.tokenizer.ids[name] for name in result.hypotheses[0]], None
+        return [
+            [pair.tokenizer.ids[name] for name in result.hypotheses[0]]
+            for result in results
+        ]
 
-    return Baseline(f"CTranslate2, {kind}", generate, threads="ctranslate2")
+    def generate(prompt: list[int]) -> tuple[list[int], None]:
+        return generate_batch([prompt])[0], None
+
+    name = f"CTranslate2, {kind}"
+    return Baseline(
+        name, generate, threads="ctranslate2", generate_batch=generate_batch
+    )
 
 
 def _keep_rows(reference: Any, ids: list[int]) -> None:

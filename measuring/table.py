@@ -1,7 +1,9 @@
 """The figures in lines, for a person."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
 
+from measuring.batches import BatchRow
 from measuring.figures import Row
 
 
@@ -9,7 +11,10 @@ def _shown(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-COLUMNS = (
+#: What a column is called, how wide it is, and what it shows of a row.
+Columns: TypeAlias = tuple[tuple[str, int, Callable[[Any], str]], ...]
+
+COLUMNS: Columns = (
     ("speed-up", 8, lambda r: f"{r.speedup:.2f}"),
     ("95 %", 11, lambda r: "" if r.low is None else f"{r.low:.2f}-{r.high:.2f}"),
     ("tokens/s", 8, lambda r: f"{r.tokens_per_second:.1f}"),
@@ -33,10 +38,30 @@ LEGEND = (
 )
 
 
-def table(rows: list[Row]) -> Iterator[str]:
+BATCH_COLUMNS: Columns = (
+    ("lines/s", 8, lambda r: f"{r.lines_per_second:.1f}"),
+    ("range", 13, lambda r: "" if r.low is None else f"{r.low:.1f}-{r.high:.1f}"),
+    ("tokens/s", 8, lambda r: f"{r.tokens_per_second:.0f}"),
+    ("speed-up", 8, lambda r: f"{r.speedup:.2f}"),
+    ("per pass", 8, lambda r: _shown(r.tokens_per_round, ".2f")),
+    ("same text", 9, lambda r: _shown(r.equal, "d")),
+    ("BLEU", 5, lambda r: _shown(r.bleu, ".1f")),
+    ("MB", 6, lambda r: _shown(r.peak_memory and r.peak_memory / 1e6, ".0f")),
+)
+
+BATCH_LEGEND = (
+    "lines/s: the median of the repeats, all prompts after each other, encoding and "
+    "detokenizing included; range: the slowest and the fastest repeat; speed-up, same "
+    "text: against the first line; per pass: a row's tokens per pass of the target"
+)
+
+
+def table(
+    rows: list[Row] | list[BatchRow], columns: Columns = COLUMNS
+) -> Iterator[str]:
     """The lines of the table, for a person, without columns that are empty."""
     names = max(len(row.name) for row in rows)
-    columns = [column for column in COLUMNS if any(column[2](row) for row in rows)]
+    columns = [column for column in columns if any(column[2](row) for row in rows)]
     yield "  ".join([" " * names, *(title.rjust(width) for title, width, _ in columns)])
     for row in rows:
         cells = (show(row).rjust(width) for _, width, show in columns)
