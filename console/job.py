@@ -70,8 +70,12 @@ class Job:
         self._asked = Asked(arguments.input)
         output = arguments.output or "-"
         self._outlet = Outlet(output, describe(arguments, pair), arguments.resume)
-        for place in range(self._outlet.known):
-            self._skip(place)
+        try:
+            for place in range(self._outlet.known):
+                self._skip(place)
+        except BaseException:
+            self._outlet.close()
+            raise
         self._progress = Progress(
             NAME, reader.size, self._outlet.known, reader.consumed
         )
@@ -89,10 +93,10 @@ class Job:
                 keep_special=arguments.keep_special,
             ):
                 self._write(answer)
-        except BaseException:
+            self._outlet.done()
+        finally:
             self._progress.clear()
-            raise
-        self._outlet.done()
+            self._outlet.close()
         self._progress.finish()
         return 2 if self._progress.failed else 0
 

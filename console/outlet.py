@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import stat
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -66,11 +65,17 @@ class Outlet:
         self.known = 0
         self._sums = b""
         self._path = path
-        self._record: int | None = None
+        self._file = self._record = None
         self._pending: tuple[int, bytes] | None = None
         if path == "-":
-            self._file = sys.stdout.fileno()
             return
+        try:
+            self._open(Path(path), job, resume)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, path: Path, job: dict[str, Any], resume: bool) -> None:
         try:
             # Not truncated before it is known to be a file, and nobody else's.
             self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -78,7 +83,7 @@ class Outlet:
                 if resume:
                     raise InputError(f"--resume needs a file: {path} is none")
                 return
-            self._open_record(Path(path + RECORD), job, resume)
+            self._open_record(Path(f"{path}{RECORD}"), job, resume)
         except OSError as error:
             raise InputError(f"cannot write {path}: {error.strerror}") from None
 
@@ -93,7 +98,10 @@ class Outlet:
         """
         if self._record is not None:
             self._write(self._record, checksum(line))
-        self._write(self._file, answer.encode("utf-8") + b"\n")
+        if self._file is None:
+            print(answer, flush=True)
+        else:
+            self._write(self._file, answer.encode("utf-8") + b"\n")
 
     def require_same(self, place: int, line: bytes) -> None:
         """See to it that a line, from 0 on, is the one whose answer is there already.
@@ -111,6 +119,13 @@ class Outlet:
         """All is out: there is nothing to go on with."""
         if self._record is not None:
             Path(self._path + RECORD).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Leave it to others."""
+        for file in (self._file, self._record):
+            if file is not None:
+                os.close(file)
+        self._file = self._record = None
 
     def _write(self, file: int, data: bytes) -> None:
         self._pending = file, data
@@ -153,7 +168,6 @@ class Outlet:
         try:
             fcntl.flock(self._record, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            self._record = None
             raise InputError(f"{self._path} is being written by another job") from None
         if resume and unfinished and self._go_on(header, job):
             return
