@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from decoder import Commit, Engine, Request, Stats
+from decoder import Engine
+from speculation.requests import Commit, Request, Stats
 from system.errors import InputError, PromptError
 from text.messages import Messages
 from text.tokenizer import TextStream

@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import Any
 
 from console.choosing import choose_pair
-from decoder import MAX_TOKENS, check_options
 from measuring import baselines, batches
 from measuring.batches import BatchRow, measure_batches
 from measuring.figures import FEWEST, Row, rows_of, sacrebleu
@@ -44,6 +43,7 @@ from measuring.simulation import SimulatedPair
 from measuring.table import BATCH_COLUMNS, BATCH_LEGEND, COLUMNS, LEGEND, table
 from measuring.timing import measure
 from measuring.variants import Cell, ours, simulated, theirs
+from speculation.requests import MAX_TOKENS, check_options
 from system.errors import InputError, Parser, run, say
 
 PROMPTS = Path(__file__).resolve().parent / "demo" / "test.tsv"

@@ -22,9 +22,10 @@ from typing import Any
 from answering import Answers, Generation, Question, Source, source_of
 from architectures import registry
 from checkpoints.defaults import Defaults, DefaultsError, Files
-from decoder import DELTA, MAX_TOKENS, NUM_DRAFT, Commit, Engine, Request
+from decoder import NUM_DRAFT, Engine
 from speculation.drafting import Drafter, ModelDrafter
 from speculation.lookup import LookupDrafter
+from speculation.requests import DELTA, MAX_TOKENS, Commit, Request
 from speculation.sampling import GREEDY, Sampling
 from speculation.session import Session
 from system import memory

@@ -9,10 +9,11 @@ from mlx.utils import tree_flatten, tree_map
 
 from architectures.parameters import dequantize, linear_paths, parameter_count, quantize
 from architectures.slim import slim
+from architectures.t5_session import T5Session
 from checkpoints.config import T5Config
 from checkpoints.converted import WEIGHTS, MappedWeights
 from checkpoints.sources import Steps, Tensor
-from model import T5, T5Session
+from model import T5
 from speculation.session import Session
 from system.device import prepare
 from system.memory import prepare_memory
@@ -82,7 +83,7 @@ def session(
     Whatever else holds the model's weights, loses them: see :func:`slim.slim`.
 
     Args:
-        vocabulary, banned: of :class:`model.T5Session`.
+        vocabulary, banned: of :class:`T5Session`.
     """
     slim(model)
     return T5Session(model, vocabulary, banned)

@@ -8,8 +8,8 @@ from argparse import Namespace
 from typing import Any
 
 from answering import Generation
-from decoder import Stats
 from pair import require_text
+from speculation.requests import Stats
 from system.errors import InputError, blame_prompt, say
 
 _DRAFTED, _RESET = "\x1b[32m", "\x1b[0m"  # green

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 from console.choosing import NO_DRAFT
-from decoder import DELTA, MAX_TOKENS, NUM_DRAFT
+from decoder import NUM_DRAFT
 from pair import LOOKUP, MOST_ROWS
+from speculation.requests import DELTA, MAX_TOKENS
 from speculation.sampling import GREEDY
 from system.errors import InputError, Parser
 

@@ -17,8 +17,8 @@ from console.lines import LineReader
 from console.outlet import require_writable
 from console.prompts import EXAMPLE_TASK, read_prompts, read_system, require_answerable
 from console.rules import Rules, read_given, read_sampling
-from decoder import MAX_TOKENS, Stats, check_options
 from pair import Pair
+from speculation.requests import MAX_TOKENS, Stats, check_options
 from system import fast_blas
 from system.errors import PromptError, one_line, say
 from text.messages import Messages

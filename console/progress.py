@@ -4,7 +4,7 @@ import sys
 import time
 from collections import Counter
 
-from decoder import Stats
+from speculation.requests import Stats
 from system.errors import one_line, say
 
 #: Seconds between two reports.

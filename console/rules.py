@@ -6,8 +6,8 @@ from dataclasses import fields
 from typing import Any
 
 from checkpoints.defaults import DefaultsError
-from decoder import MAX_TOKENS
 from pair import Pair, require_text
+from speculation.requests import MAX_TOKENS
 from speculation.sampling import Sampling
 from system.errors import InputError, one_line, say
 from text.messages import Messages

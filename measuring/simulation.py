@@ -14,9 +14,10 @@ import numpy as np
 from architectures import t5
 from checkpoints.config import T5Config
 from checkpoints.converted import CONFIG
-from decoder import Stats, generate
+from decoder import generate
 from speculation.acceptance import Draft
 from speculation.drafting import ModelDrafter
+from speculation.requests import Stats
 from speculation.samplers import RoundSampler
 from system.errors import InputError
 from system.files import read_json

@@ -8,11 +8,11 @@ import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
-from decoder import launch
 from measuring.variants import Answer, Cell, Variant
 from speculation.acceptance import Draft
 from speculation.drafting import Drafter
 from speculation.lookup import LookupDrafter
+from speculation.rounds import launch
 from speculation.samplers import RoundSampler, RowSampler, Rules
 from speculation.session import Session
 from system.errors import say

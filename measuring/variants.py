@@ -4,10 +4,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from decoder import Stats
 from measuring import baselines
 from measuring.simulation import SimulatedPair
 from pair import Pair
+from speculation.requests import Stats
 from speculation.sampling import Sampling
 
 

@@ -5,6 +5,8 @@ the loop that uses it is ``decoder.py``.
 
 In the order to read them: ``session`` (what the loop asks of a model), ``sampling``
 (from logits to the law of the next token), ``processors`` (rules that look at what came
-before), ``samplers`` (drawing, round after round), ``acceptance`` (which draft tokens
-stand), ``drafting`` (a model that proposes them), ``lookup`` (none that does).
+before), ``acceptance`` (which draft tokens stand), ``samplers`` (drawing and judging,
+round after round), ``drafting`` (a model that proposes tokens), ``lookup`` (none that
+does), ``requests`` (what is asked for, and what comes of it), ``rows`` (a text in a
+batch), ``rounds`` (a pass of the target, and its verdict).
 """

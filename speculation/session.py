@@ -12,7 +12,7 @@ CHUNK = 512
 
 
 class Session(Protocol):
-    """One model with its caches and one batch (see ``model.T5Session``).
+    """One model with its caches and one batch (see ``architectures/t5_session.py``).
 
     Attributes:
         vocabulary: ids below it may be fed and are what the logits are of.

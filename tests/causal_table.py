@@ -30,9 +30,10 @@ from transformers.models.auto.modeling_auto import (
 from architectures import causal_model, rotary, verified
 from architectures.causal_session import CausalSession
 from architectures.verified import ROWS
-from decoder import Stats, generate
+from decoder import generate
 from speculation.drafting import ModelDrafter
 from speculation.lookup import LookupDrafter
+from speculation.requests import Stats
 
 VOCABULARY = 96
 POSITIONS = 300

@@ -10,6 +10,8 @@ computed: by transformers' model, processors and warpers, not by ours.
 import sys
 from pathlib import Path
 
+from architectures.t5_session import T5Session
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
@@ -28,7 +30,6 @@ import transformers
 from conftest import save_checkpoint, tiny_torch
 
 import convert
-import model
 from architectures import t5
 from decoder import generate
 from speculation.acceptance import Draft
@@ -75,7 +76,7 @@ class TinyPair:
                 oracle.lm_head.weight *= 0.15  # no token is certain
             save_checkpoint(oracle, folder / name / "hf", untied=True)
             convert.convert(folder / name / "hf", folder / name / "mlx")
-            session = model.T5Session(t5.load(folder / name / "mlx"))
+            session = T5Session(t5.load(folder / name / "mlx"))
             session.first_capacity = 16  # the texts are short, and there are many
             sessions.append(session)
             oracles.append(partial(_t5_logits, oracle))

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import model
 from architectures import t5
+from architectures.t5_session import T5Session
 from decoder import generate
 from speculation import drafting
 from speculation.acceptance import Draft
@@ -25,7 +26,7 @@ PROMPTS = [[10, 11, 12, 1], [*range(24, 32), 1], [31, 32, 33, 34, 1]]
 NEVER = frozenset({-1})  # no end of sequence
 
 
-class Checked(model.T5Session):
+class Checked(T5Session):
     """A session that sees to it that no id is fed that the embedding has no row for:
     the device would read beyond the matrix without a word."""
 

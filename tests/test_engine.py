@@ -12,12 +12,14 @@ from test_decoder import NEVER, Checked, Scripted, decode
 from tiny_causal import tiny_causal
 
 import model
-from architectures import causal_model, causal_session, t5
+from architectures import causal_model, causal_session, t5, t5_session
 from architectures.causal_session import CausalSession
-from decoder import Engine, Request, Stats
+from architectures.t5_session import T5Session
+from decoder import Engine
 from speculation import session
 from speculation.drafting import ModelDrafter
 from speculation.lookup import LookupDrafter
+from speculation.requests import Request, Stats
 from speculation.sampling import GREEDY, Sampling
 from system import memory
 from system.errors import InputError, NoRoomError
@@ -223,7 +225,7 @@ def poisoned(make):
     loaded.head.weight = mx.array(weight)
     weight[POISON] = np.nan
     loaded.embedding.weight = mx.array(weight)
-    return model.T5Session(loaded)
+    return T5Session(loaded)
 
 
 @pytest.mark.parametrize("num_draft", [0, 3])
@@ -297,7 +299,7 @@ def test_too_little_memory_for_all_at_once(families, monkeypatch):
         if length > most:
             raise NoRoomError(f"{length} tokens are too many")
 
-    monkeypatch.setattr(model, "require_room", require_room)
+    monkeypatch.setattr(t5_session, "require_room", require_room)
     long, longer = [9, *range(4, 54)], [9] * 70
     prompts = [PROMPTS[0], PROMPTS[1], long, PROMPTS[2], longer, PROMPTS[3]]
     requests = [Request(prompt, NEVER, 6) for prompt in prompts]

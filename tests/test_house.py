@@ -19,7 +19,9 @@ FILES = sorted(file.stem for file in PROJECT.glob("*.py"))
 MAY = {
     "model": {"checkpoints", "speculation", "system"},
     "decoder": {"speculation", "system"},
+    "answering": {"decoder", "speculation", "system", "text"},
     "pair": {
+        "answering",
         "architectures",
         "checkpoints",
         "decoder",

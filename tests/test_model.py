@@ -13,6 +13,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 import model
 from architectures import t5
 from architectures.slim import is_slim, slim
+from architectures.t5_session import T5Session
 from checkpoints import config
 from checkpoints.config import T5Config
 from pair import Pair
@@ -93,7 +94,7 @@ def test_decoder_logits(both_forms, steps):
         theirs = oracle(
             input_ids=torch.tensor([prompt]), decoder_input_ids=torch.tensor([tokens])
         ).logits
-    session = model.T5Session(ours)
+    session = T5Session(ours)
     session.start([prompt])
     logits, at = [], 0
     for step in steps:
@@ -114,7 +115,7 @@ def test_greedy_equals_generate(family):
         # transformers sizes its own cache by the encoder's layers.
         cache=EncoderDecoderCache(DynamicCache(), DynamicCache()),
     )[0].tolist()
-    session = model.T5Session(ours)
+    session = T5Session(ours)
     (sequence,) = session.start([prompt])
     while len(sequence) < len(theirs):
         sequence.append(mx.argmax(session.extend(mx.array([sequence[-1:]]))).item())
@@ -148,11 +149,11 @@ def test_ragged_batch_equals_its_rows(tiny):
     _, ours = tiny
     prompts = [prompt_of(length, seed=length) for length in (3, 17, 9)]
     tokens = [prompt_of(6, seed=20 + row) for row in range(3)]
-    batch = model.T5Session(ours)
+    batch = T5Session(ours)
     batch.start(prompts)
     together = batch.extend(mx.array(tokens))
     for row in range(3):
-        alone = model.T5Session(ours)
+        alone = T5Session(ours)
         alone.start([prompts[row]])
         logits = alone.extend(mx.array([tokens[row]]))
         error = mx.abs(together[row] - logits[0]).max() / mx.abs(logits).max()
@@ -165,7 +166,7 @@ def test_rewinds_leave_no_trace(tiny, data):
     _, ours = tiny
     rows = data.draw(st.integers(1, 3))
     prompts = [prompt_of(4 + row, seed=row) for row in range(rows)]
-    session = model.T5Session(ours)
+    session = T5Session(ours)
     kept = [[] for _ in session.start(prompts)]
     for _ in range(data.draw(st.integers(1, 5))):
         size = data.draw(st.sampled_from([1, 2, 5, 40]))
@@ -173,7 +174,7 @@ def test_rewinds_leave_no_trace(tiny, data):
         logits = session.extend(mx.array(block))
         kept = [old + new for old, new in zip(kept, block, strict=True)]
         for row, tokens in enumerate(kept):
-            fresh = model.T5Session(ours)
+            fresh = T5Session(ours)
             fresh.start([prompts[row]])
             expected = fresh.extend(mx.array([tokens]))[0, -size:]
             error = mx.abs(logits[row] - expected).max() / mx.abs(expected).max()
@@ -185,7 +186,7 @@ def test_rewinds_leave_no_trace(tiny, data):
 
 def test_rewind_never_goes_forward(tiny):
     """A stale length must not bring rejected keys back."""
-    session = model.T5Session(tiny[1])
+    session = T5Session(tiny[1])
     session.start([prompt_of(4)])
     session.extend(mx.array([[0, 5, 6]]))
     session.rewind([2])
@@ -197,25 +198,25 @@ def test_rewind_never_goes_forward(tiny):
 
 def test_start_resets_everything(tiny):
     """A second prompt sees nothing of the first, longer one."""
-    session = model.T5Session(tiny[1])
+    session = T5Session(tiny[1])
     session.start([prompt_of(30)])
     session.extend(mx.array([prompt_of(90)]))
     session.start([prompt_of(5)])
     again = session.extend(mx.array([[0, 8]]))
-    fresh = model.T5Session(tiny[1])
+    fresh = T5Session(tiny[1])
     fresh.start([prompt_of(5)])
     assert mx.array_equal(again, fresh.extend(mx.array([[0, 8]])))
 
 
 def test_logits_are_cut_to_the_vocabulary(tiny):
     """Padding rows of the embedding stand for no token."""
-    session = model.T5Session(tiny[1], vocabulary=50)
+    session = T5Session(tiny[1], vocabulary=50)
     session.start([prompt_of(5)])
     assert session.extend(mx.array([[0, 8]])).shape == (1, 2, 50)
 
 
 def test_ids_that_stand_for_nothing_are_banned(tiny):
-    session = model.T5Session(tiny[1], vocabulary=50, banned=[7, 9])
+    session = T5Session(tiny[1], vocabulary=50, banned=[7, 9])
     session.start([prompt_of(5)])
     logits = np.array(session.extend(mx.array([[0, 8]])))
     assert np.isneginf(logits[..., [7, 9]]).all()
@@ -227,7 +228,7 @@ def test_bfloat16(make):
     _, _, folder = make()
     reference, half = (t5.load(folder) for _ in range(2))
     half.set_dtype(mx.bfloat16)
-    sessions = [model.T5Session(weights) for weights in (reference, half)]
+    sessions = [T5Session(weights) for weights in (reference, half)]
     for session in sessions:
         session.start([prompt_of(9), prompt_of(4)])
         session.extend(mx.array([prompt_of(5), prompt_of(5, 1)]))
@@ -242,7 +243,7 @@ def test_bfloat16(make):
 def test_prompts_that_cannot_be_encoded(tiny, prompt):
     """An id without an embedding row would read beyond the matrix."""
     with pytest.raises(InputError):
-        model.T5Session(tiny[1]).start([[3, 4, 1], prompt])
+        T5Session(tiny[1]).start([[3, 4, 1], prompt])
 
 
 def test_equal_prompts_are_encoded_once(tiny, monkeypatch):
@@ -256,7 +257,7 @@ def test_equal_prompts_are_encoded_once(tiny, monkeypatch):
         return encoding(self, tokens, padding)
 
     monkeypatch.setattr(model.T5, "encoding", watched)
-    session = model.T5Session(tiny[1])
+    session = T5Session(tiny[1])
     assert len(session.start(prompts)) == 3
     together = np.array(session.extend(mx.array([[0, 9]] * 3)))
     for row, prompt in enumerate(prompts):
@@ -276,7 +277,7 @@ def test_prompt_too_long_for_the_memory(make, monkeypatch):
     """Attention's squares are counted before they are made, in every layer of umT5."""
     monkeypatch.setattr(memory, "SMALL", 0)
     for fields in ({}, {"kind": "umt5", "num_layers": 3}):
-        session = model.T5Session(t5.load(make(**fields)[2]))
+        session = T5Session(t5.load(make(**fields)[2]))
         squares = session.model.config.num_heads * (3 if fields else 1) * 4
         with monkeypatch.context() as patch:
             patch.setattr(memory, "free", lambda n=6 * squares * 1000**2: n)

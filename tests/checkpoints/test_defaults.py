@@ -15,9 +15,9 @@ from transformers import AutoModelForSeq2SeqLM, GenerationConfig
 import convert
 from checkpoints import defaults
 from checkpoints.defaults import Files
-from decoder import MAX_TOKENS
 from pair import Pair
 from speculation.processors import BadWords, Prefix
+from speculation.requests import MAX_TOKENS
 from speculation.sampling import Sampling
 from system import errors
 from system.errors import InputError

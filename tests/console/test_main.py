@@ -15,12 +15,12 @@ from conftest import HANG
 
 import convert
 import main
-import model
+from architectures.t5_session import T5Session
 from checkpoints import converted
 from checkpoints.converted import WEIGHTS
 from console import choosing, prompts
-from decoder import Stats
 from pair import Pair
+from speculation.requests import Stats
 from speculation.sampling import Sampling
 from system.errors import InputError
 
@@ -169,14 +169,14 @@ def test_a_line_that_cannot_be_answered(call, pair, type_in, flags):
 def test_a_line_that_fails_while_it_is_answered(
     call, pair, type_in, monkeypatch, error, message
 ):
-    start = model.T5Session.start
+    start = T5Session.start
 
     def fail(self, prompts):
         if len(prompts[0]) > 5:
             raise error
         return start(self, prompts)
 
-    monkeypatch.setattr(model.T5Session, "start", fail)
+    monkeypatch.setattr(T5Session, "start", fail)
     type_in(b"the cat sat on the cat on\nthe cat\n")
     status, out, err = call(*models(pair), "--prompt", "-", "--max-tokens", 4)
     assert (status, len(out.splitlines())) == (2, 1)

@@ -17,13 +17,13 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 import benchmark
 import convert
-from decoder import Stats
 from measuring import baselines, figures, timing, variants
 from measuring.prompts import read_prompts
 from measuring.simulation import SimulatedPair
 from measuring.timing import Cost
 from measuring.variants import Answer, Cell, Variant
 from pair import Pair
+from speculation.requests import Stats
 
 PROMPTS = ["the cat on", "cat sat", "a b c", "the the", "on sat e"]
 

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from law import chain
 
-import model
 from architectures import t5
+from architectures.t5_session import T5Session
 from decoder import generate
 from speculation.acceptance import Draft
 from speculation.drafting import ModelDrafter
@@ -163,7 +163,7 @@ def test_rules_at_every_position_of_a_block(rule, data):
 
 @pytest.fixture(scope="module")
 def sessions(tiny, make):
-    return tiny[0], model.T5Session(tiny[1]), t5.load(make(noise=0.05)[2])
+    return tiny[0], T5Session(tiny[1]), t5.load(make(noise=0.05)[2])
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -183,7 +183,7 @@ def test_greedy_text_under_rules_is_that_of_transformers(sessions, rule):
                 torch.tensor([prompt]), max_new_tokens=30, do_sample=False, **theirs
             )
         expected.append(text[0, 1:].tolist())
-    drafters = [None, ModelDrafter(model.T5Session(draft))]
+    drafters = [None, ModelDrafter(T5Session(draft))]
     stood = 0
     for drafter in drafters:
         for prompts in ([PROMPTS[0]], PROMPTS):
@@ -260,7 +260,7 @@ def test_own_processors(sessions, temperature):
         return mx.where(mx.arange(VOCABULARY) > before[..., None], logits, -math.inf)
 
     options = Sampling(temperature=temperature, processors=(rising,))
-    drafter = ModelDrafter(model.T5Session(draft))
+    drafter = ModelDrafter(T5Session(draft))
     settings = {"eos_tokens": {95}, "max_tokens": 12, "sampling": options}
     tokens = []
     for commit in generate(target, drafter, PROMPTS[:1], **settings):

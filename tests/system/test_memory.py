@@ -10,8 +10,8 @@ import pytest
 from conftest import HANG
 
 import main
-import model
 from architectures import t5
+from architectures.t5_session import T5Session
 from system import memory
 from system.errors import TooLongError
 
@@ -92,7 +92,7 @@ def test_room_for_a_prompt(monkeypatch):
 @pytest.mark.parametrize("lengths", [[900], [1200] * 3, [700, 900, 300]])
 def test_what_encoding_takes(make, fields, lengths):
     """As it is counted, so much it is, within a fifth."""
-    session = model.T5Session(t5.load(make(**fields)[2]))
+    session = T5Session(t5.load(make(**fields)[2]))
     prompts = [[5 + row] * length for row, length in enumerate(lengths)]
     mx.clear_cache()
     before = mx.get_active_memory()

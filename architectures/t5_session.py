@@ -1,0 +1,318 @@
+"""The session of a T5: what the decoding loop asks of it.
+
+:mod:`model` computes the forward passes; encoding into rows, extending, rewinding to a
+length and the caches' room are here. Shapes are named as there.
+"""
+
+import math
+from collections.abc import Collection, Generator
+from itertools import repeat
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from model import T5, LayerCache, Step
+from speculation.processors import ban
+from speculation.session import (
+    Preparing,
+    check_prompts,
+    check_rewind,
+    chunks,
+    distinct,
+    finish,
+    put_row,
+    take_rows,
+    wipe_row,
+)
+from system.device import FUSED, compute_early, on_cpu
+from system.memory import require_room
+
+
+def source_room(length: int) -> int:
+    """The source length that caches have for prompts up to this one: few different
+    ones, by up to a quarter larger."""
+    step = max(16, 1 << max(0, (length - 1).bit_length() - 3))
+    return -(-length // step) * step
+
+
+class T5Session:
+    """One T5 and the decoding state of one batch of prompts.
+
+    The caches have room for C positions, which doubles when it is used up, and for S
+    tokens of a source. A row's length is how many positions count; what lies beyond is
+    masked and later overwritten, so a rewind only changes lengths.
+    """
+
+    first_capacity = 16  # positions that a batch's caches begin with
+
+    def __init__(
+        self,
+        model: T5,
+        vocabulary: int | None = None,
+        banned: Collection[int] = (),
+    ):
+        """
+        Args:
+            vocabulary: how many ids may be emitted: logits are cut to it. Embeddings
+                often have rows of padding beyond the tokenizer's ids.
+            banned: ids below it that stand for nothing either: their logits are -inf.
+        """
+        self.model = model
+        self.vocabulary = min(vocabulary or math.inf, model.config.vocab_size)
+        self.positions = None  # a relative position bias has no end
+        self.batches = True
+        self.has_encoder = True
+        self.parameters = sum(
+            weight.size for _, weight in tree_flatten(model.parameters())
+        )
+        self._bias_of: dict[int, list[mx.array]] = {}  # by capacity
+        self._ban: mx.array | None = None
+        if banned:
+            self._ban = ban(self.vocabulary, banned).astype(model.dtype)
+        self.forget()
+
+    def start(self, prompts: list[list[int]]) -> list[list[int]]:
+        """Encode a batch of prompts (B lists of ids, none empty) and reset the state.
+
+        Equal prompts are encoded once. Returns when the device has finished.
+
+        Returns:
+            For each row the tokens that decoding starts from.
+
+        Raises:
+            PromptError: an empty prompt, or an id that the embedding has no row for.
+            TooLongError: the memory does not do; nothing has been computed.
+        """
+        sources = finish(self._encode(prompts, beside=False))
+        self._capacity = self.first_capacity
+        # One for all: the first write to it makes a copy.
+        shape = (*sources[0][0].shape[:2], self._capacity, sources[0][0].shape[3])
+        empty = mx.zeros(shape, sources[0][0].dtype)
+        self._caches = [LayerCache(empty, empty, *kv) for kv in sources]
+        self.lengths = [0] * len(prompts)
+        self._sources = [len(prompt) for prompt in prompts]
+        self._padding = self._mask(self._sources, max(self._sources))
+        mx.eval([vars(cache) for cache in self._caches])
+        return [[self.model.config.start_token] for _ in prompts]
+
+    def prepare(self, prompts: list[list[int]]) -> Preparing:
+        """Encode prompts that are to come into the batch, in chunks of layers where
+        they are long; its rows may be extended whenever this yields.
+
+        Raises:
+            PromptError, TooLongError: as :meth:`start`.
+        """
+        self._require_room(prompts)
+        sources = yield from self._encode(prompts, beside=True)
+        return prompts, sources
+
+    def put(
+        self,
+        rows: list[int],
+        prepared: tuple[list[list[int]], list[tuple[mx.array, mx.array]]],
+    ) -> list[list[int]]:
+        """Have prompts that were prepared in these rows of the batch; as :meth:`start`
+        for the rest."""
+        prompts, sources = prepared
+        for row, prompt in zip(rows, prompts, strict=True):
+            self.lengths[row] = 0
+            self._sources[row] = len(prompt)
+        self._fit()
+        room = self._caches[0].source_keys.shape[2]
+        for cache, (k, v) in zip(self._caches, sources, strict=True):
+            k, v = _with_room(k, room), _with_room(v, room)
+            for which, row in enumerate(rows):
+                one = slice(which, which + 1)
+                cache.source_keys = put_row(cache.source_keys, row, k[one])
+                cache.source_values = put_row(cache.source_values, row, v[one])
+        mx.eval([vars(cache) for cache in self._caches])
+        return [[self.model.config.start_token] for _ in prompts]
+
+    def take(self, rows: list[int], blank: int = 0) -> None:
+        """Have these rows instead, of which some may be the same, and behind them some
+        that are nobody's: they may be fed, and mean nothing."""
+        for cache in self._caches:
+            for name, array in vars(cache).items():
+                setattr(cache, name, take_rows(array, rows, blank))
+        self.lengths = [self.lengths[row] for row in rows] + [0] * blank
+        self._sources = [self._sources[row] for row in rows] + [1] * blank
+        self._fit()
+        mx.eval([vars(cache) for cache in self._caches])
+
+    def wipe(self, rows: list[int]) -> None:
+        """Have zeros behind the cached positions of these rows: what is masked there
+        spreads if it is not finite."""
+        for cache in self._caches:
+            for row in rows:
+                cache.keys = wipe_row(cache.keys, row, self.lengths[row])
+                cache.values = wipe_row(cache.values, row, self.lengths[row])
+
+    def _encode(
+        self, prompts: list[list[int]], beside: bool
+    ) -> Generator[None, None, list[tuple[mx.array, mx.array]]]:
+        """The keys and values (B, H, S, D) of prompts for each layer of the decoder.
+
+        Args:
+            beside: whether others wait, for whom this yields.
+        """
+        check_prompts(prompts, self.model.config.vocab_size)
+        once, copy_of = distinct(prompts)
+        longest = max(map(len, once))
+        ragged = any(len(prompt) < longest for prompt in once)
+        size = self._encoding_bytes(len(once), longest, len(prompts), ragged)
+        require_room(longest, size)
+        tokens = np.zeros((len(once), longest), np.int32)
+        for row, prompt in enumerate(once):
+            tokens[row, : len(prompt)] = prompt
+        mask = self._mask([len(prompt) for prompt in once], longest)
+        steps = self.model.encoding(mx.array(tokens), mask)
+        layer = tokens.size // len(self.model.encoder.layers)
+        for source, long in zip(steps, chunks(repeat(layer)), strict=False):
+            if long and beside:
+                mx.eval(source)
+                yield
+        sources = []
+        for layer in self.model.decoder.layers:
+            k, v = layer.cross_attention.project_source(source)
+            if len(once) < len(prompts):
+                k, v = k[mx.array(copy_of)], v[mx.array(copy_of)]
+            compute_early(k, v)
+            sources.append((k, v))
+        return sources
+
+    def _mask(self, lengths: list[int], room: int) -> mx.array | None:
+        """Additive mask (B, 1, 1, S) of sources so long; None where S is no more."""
+        if min(lengths) == room:
+            return None
+        padding = np.where(np.arange(room) < np.array(lengths)[:, None], 0, -np.inf)
+        return mx.array(padding[:, None, None].astype(np.float32)).astype(
+            self.model.dtype
+        )
+
+    def _fit(self) -> None:
+        """Have as much room as the rows ask for, in a few sizes: not much more."""
+        room = self._caches[0].source_keys.shape[2]
+        longest = max(self._sources)
+        wanted = source_room(longest)
+        if longest > room or wanted <= room // 2:
+            room = wanted
+            for cache in self._caches:
+                cache.source_keys = _with_room(cache.source_keys, room)
+                cache.source_values = _with_room(cache.source_values, room)
+        self._padding = self._mask(self._sources, room)
+        wanted = self._room_for(max(self.lengths) + 1)
+        if wanted <= self._capacity // 4:
+            self._have_capacity(wanted)
+
+    def _require_room(self, prompts: list[list[int]]) -> None:
+        """See to it that there is memory for a longer source in every row."""
+        longest = max(map(len, prompts))
+        room = self._caches[0].source_keys.shape[2]
+        if longest > room:
+            config = self.model.config
+            each = 2 * config.num_decoder_layers * config.num_heads * config.d_kv
+            more = source_room(longest) * len(self.lengths) * each
+            require_room(longest, more * self.model.dtype.size)
+
+    def extend(self, tokens: mx.array) -> mx.array:
+        """Append tokens (B, T), each row at its own length.
+
+        Returns:
+            Logits (B, T, vocabulary): those at [b, t] are for the token after it.
+        """
+        new = tokens.shape[1]
+        self._reserve(max(self.lengths) + new)
+        rows = np.array(self.lengths, np.int32)[:, None] + np.arange(
+            new, dtype=np.int32
+        )
+        step = Step(rows, self._biases(), self._padding)
+        logits = self.model.decode(tokens, self._caches, step)
+        self.lengths = [length + new for length in self.lengths]
+        logits = logits[..., : self.vocabulary]
+        return logits if self._ban is None else logits + self._ban
+
+    def rewind(self, lengths: list[int]) -> None:
+        """Forget all but the first ``lengths[b]`` cached positions of each row b.
+
+        Raises:
+            ValueError: a length beyond what is cached.
+        """
+        check_rewind(self.lengths, lengths)
+        self.lengths = list(lengths)
+
+    def forget(self) -> None:
+        """Drop the batch and its caches."""
+        self.lengths: list[int] = []
+        self._sources: list[int] = []  # tokens of each row's source
+        self._caches: list[LayerCache] = []
+        self._padding: mx.array | None = None
+
+    def batch_bytes(self, rows: int, prompt: int, answer: int) -> int:
+        """What the caches of a batch take with prompts and answers of up to so many
+        tokens, and a pass over one token of each row."""
+        config = self.model.config
+        inner = config.num_heads * config.d_kv
+        positions = source_room(prompt) + self._room_for(answer)
+        numbers = 2 * config.num_decoder_layers * inner * positions + self.vocabulary
+        return rows * numbers * self.model.dtype.size
+
+    def _encoding_bytes(
+        self, prompts: int, length: int, rows: int, ragged: bool
+    ) -> int:
+        """What encoding takes at once, of so many prompts of this length for ``rows``.
+
+        As ``mx.get_peak_memory`` has it, within a tenth: what goes through two layers,
+        which are under way at once, and then either attention's squares or the keys and
+        values for the decoder.
+        """
+        config, heads = self.model.config, self.model.config.num_heads
+        inner = heads * config.d_kv
+        columns = 3 if config.gated else 2
+        layer = 4 * config.d_model + 7 * inner + columns * config.d_ff
+        # The bias of every two tokens, of each layer where those have their own.
+        squares = heads * (self.model.encoder.bias_count * (prompts if ragged else 1))
+        squares += heads if ragged else 0
+        if on_cpu() or config.d_kv not in FUSED:
+            squares += 2 * prompts * heads  # logits and their softmax
+        squares += 1  # which distance each is
+        sources = 2 * config.num_decoder_layers * rows * length * inner
+        numbers = 2 * prompts * length * layer + max(squares * length**2, sources)
+        return numbers * self.model.dtype.size * 11 // 10
+
+    def _room_for(self, length: int) -> int:
+        """The capacity for so many positions."""
+        return max(self.first_capacity, 1 << (length - 1).bit_length())
+
+    def _reserve(self, length: int) -> None:
+        """Make room for ``length`` positions."""
+        if length > self._capacity:
+            self._have_capacity(self._room_for(length))
+
+    def _have_capacity(self, capacity: int) -> None:
+        for cache in self._caches:
+            cache.keys = _with_room(cache.keys, capacity)
+            cache.values = _with_room(cache.values, capacity)
+        self._capacity = capacity
+
+    def _biases(self) -> list[mx.array]:
+        """The decoder's position bias (H, C + 1), for each layer or one for all.
+
+        Column d is for the key d positions back; the last one means "not to be seen".
+        """
+        if self._capacity not in self._bias_of:
+            biases = self.model.decoder.biases(-np.arange(self._capacity))
+            unseen = mx.full((biases[0].shape[0], 1), -math.inf, biases[0].dtype)
+            biases = [mx.concatenate([bias, unseen], axis=1) for bias in biases]
+            mx.eval(biases)  # used by every pass, of every prompt
+            self._bias_of[self._capacity] = biases
+        return self._bias_of[self._capacity]
+
+
+def _with_room(cache: mx.array, room: int) -> mx.array:
+    """A cache (B, H, C, D) with another C; what is new is zero: masked NaN would still
+    spread."""
+    more = room - cache.shape[2]
+    if more < 0:
+        return mx.contiguous(cache[:, :, :room])
+    return mx.pad(cache, [(0, 0), (0, 0), (0, more), (0, 0)]) if more else cache

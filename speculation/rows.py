@@ -1,0 +1,133 @@
+"""A text in a row of the batch: what is committed of it, and when it ends."""
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from speculation.drafting import up_to_end
+from speculation.requests import Commit, Request, Stats
+from speculation.samplers import RowSampler, Rules
+from system.errors import InputError
+
+
+class Outcome(NamedTuple):
+    """What became of one row's draft."""
+
+    accepted: int  # tokens that stand, from the left
+    finite: int  # positions with usable logits, from the left
+    next_token: int  # the target's own, after those
+    draft: list[int]
+
+
+class Row:
+    """One text: its committed tokens, and the only place that knows when it ends.
+
+    Attributes:
+        id: its request's number.
+        sampler: how its tokens are chosen.
+        sequence: the tokens that decoding started from and those committed since.
+        budget: tokens that it may still get.
+        drafted: whether the drafter has it.
+        apart: whether it is to be begun with by itself.
+        finished: whether it gets no more.
+    """
+
+    def __init__(self, number: int, request: Request, rules: Rules):
+        self.id = number
+        self.request = request
+        self.sampler: RowSampler | None = None
+        self.sequence: list[int] = []
+        self.budget = request.max_tokens
+        self.drafted = self.apart = self.finished = False
+        self._rules = rules
+        self._stats = Stats()
+        # The last token of a budget is the target's own, where that is what a draft
+        # token would have to be. Elsewhere it may be a draft token: a larger budget
+        # must give the same text. Nothing is drafted for what comes after it.
+        self._last = 1 if request.sampling.greedy and request.delta == 0 else 0
+
+    @property
+    def most_drafted(self) -> int:
+        """How many draft tokens may be judged in its next round."""
+        return max(0, self.budget - self._last) if self.drafted else 0
+
+    def begin(
+        self, first: list[int], positions: int, seconds: float, now: float
+    ) -> None:
+        """Its prompt is encoded.
+
+        Args:
+            first: the tokens that decoding starts from.
+            positions: how many the target has.
+            seconds: that encoding took.
+
+        Raises:
+            InputError: there is no room for an answer, or no first token to force.
+        """
+        self.sequence = list(first)
+        self.budget = min(self.budget, positions - len(first))
+        if self.budget < 1:
+            raise InputError(
+                f"the prompt leaves no position for an answer: there are {positions}"
+            )
+        request = self.request
+        self.sampler = RowSampler(
+            self._rules, first, request.prompt, request.sampling.seed, request.stream
+        )
+        self._stats.encode_seconds = seconds
+        self._started = now
+
+    def fail(self, error: InputError) -> Commit:
+        """It ends without another token."""
+        self.finished = True
+        return Commit(self.id, [], 0, "error", self._stats.copy(), error)
+
+    def commit(
+        self, outcome: Outcome, fault: Callable[[], InputError]
+    ) -> Commit | None:
+        """Take what stands of the draft and the target's own token, up to the end.
+
+        The end is the first end-of-sequence, anywhere in the block, or the budget.
+
+        Args:
+            fault: why there is no next token, where there is none.
+
+        Returns:
+            None where it may have been the draft that the target makes no numbers of:
+            then it goes on without one.
+        """
+        accepted, draft = outcome.accepted, outcome.draft
+        ends = self._rules.eos_tokens
+        block = [*draft[:accepted], outcome.next_token][: self.budget]
+        block = up_to_end(block, ends)
+        if outcome.finite < len(block):
+            if draft:
+                self.drafted = False
+                self._count(len(draft), 0, 0)
+                return None
+            return self.fail(fault())
+        self.sequence += block
+        self.sampler.append(block)
+        self.budget -= len(block)
+        reason = "eos" if block[-1] in ends else "length" if not self.budget else None
+        self.finished = reason is not None
+
+        taken = min(accepted, len(block))
+        self._count(len(draft), taken, taken < len(block) and accepted < len(draft))
+        stats = self._stats
+        stats.new_tokens += len(block)
+        stats.decode_seconds = time.perf_counter() - self._started
+        stats.peak_memory_bytes = mx.get_peak_memory()
+        return Commit(self.id, block, taken, reason, stats.copy())
+
+    def _count(self, drafted: int, accepted: int, rejected: int) -> None:
+        """A round, of which so many draft tokens were judged."""
+        stats = self._stats
+        stats.rounds += 1
+        stats.drafted += drafted
+        stats.accepted += accepted
+        stats.tested += accepted + rejected
+        stats.accept_histogram += [0] * (accepted + 1 - len(stats.accept_histogram))
+        stats.accept_histogram[accepted] += 1
