@@ -5,6 +5,7 @@ prompts ──► a window of them, by length ──► engine ──► in orde
 
 import system.fast_blas  # noqa: F401  (before mlx: see there)
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -20,8 +21,8 @@ _BROKEN = "\ufffd"
 
 #: Prompts that are read ahead, to be sorted by length, for each row of a batch.
 WINDOW = 16
-#: Characters that are read ahead at most, in prompts however long.
-AHEAD = 4_000_000
+#: Tokens that are read ahead at most, in prompts however long.
+AHEAD = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,7 @@ class Answers:
         begin: Callable[[Question, int], tuple[Generation, Request | None]],
         engine_for: Callable[[list[Request]], tuple[Engine, int]],
         in_order: bool,
+        require_own: Callable[[], None],
     ):
         """
         Args:
@@ -178,22 +180,25 @@ class Answers:
                 already, and what asks the engine for it.
             engine_for: the engine, and its rows, for requests like these.
             in_order: whether answers come as their questions do, or as they finish.
+            require_own: raises an error where somebody else uses the models by now.
         """
         self._source = source
         self._begin = begin
         self._engine_for = engine_for
         self._in_order = in_order
+        self._require_own = require_own
         self._engine: Engine | None = None
         self._rows = 1
         self._ended = False
         self._read = self._out = 0  # questions that came, answers that went
-        self._window: list[tuple[Request, int, Generation]] = []
-        self._downwards = True
+        self._window: deque[tuple[Request, int, Generation, bool]] = deque()
+        self._downwards = False  # at first what is soon done
         self._running: dict[int, tuple[int, Generation]] = {}  # by the engine's number
         self._done: dict[int, Generation] = {}  # by place
 
     def __iter__(self) -> Iterator[Generation]:
         while True:
+            self._require_own()
             if not self._window and not self._ended:
                 self._fill_window()
             self._feed()
@@ -222,12 +227,13 @@ class Answers:
         """Read what is there of the next questions; wait for one where there is nothing
         else to do."""
         most = WINDOW * self._rows if self._engine else WINDOW
-        characters = 0
-        while len(self._window) < most and characters < AHEAD:
+        read: list[tuple[Request, int, Generation, bool]] = []
+        tokens = 0
+        while len(read) < most and tokens < AHEAD:
             # Answers that wait for an earlier one take memory as well.
             if self._read - self._out > 2 * WINDOW * max(self._rows, WINDOW):
                 break
-            idle = not self._window and not self._running and not self._done
+            idle = not read and not self._running and not self._done
             try:
                 question = self._source(idle)
             except StopIteration:
@@ -237,20 +243,27 @@ class Answers:
                 break
             place, self._read = self._read, self._read + 1
             answer, request = self._begin(question, place)
-            characters += len(answer.prompt)
             if request is None:
                 self._done[place] = answer
             else:
-                self._window.append((request, place, answer))
-        self._window.sort(key=lambda one: len(one[0].prompt), reverse=self._downwards)
+                tokens += len(request.prompt)
+                read.append((request, place, answer, bool(question.options)))
+        read.sort(key=lambda one: len(one[0].prompt), reverse=self._downwards)
+        self._window.extend(read)
         self._downwards = not self._downwards
 
     def _feed(self) -> None:
         """Give the engine as much as it can use."""
         if self._window and self._engine is None:
             self._engine, self._rows = self._engine_for(
-                [request for request, _, _ in self._window]
+                [request for request, *_ in self._window]
             )
         while self._window and self._engine.wanted:
-            request, place, answer = self._window.pop(0)
-            self._running[self._engine.admit(request)] = place, answer
+            request, place, answer, own = self._window.popleft()
+            try:
+                self._running[self._engine.admit(request)] = place, answer
+            except InputError as error:
+                if not own:  # they are everybody's
+                    raise
+                answer.fail(error)
+                self._done[place] = answer

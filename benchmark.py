@@ -141,6 +141,12 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
         metavar="1,8,32",
         help="measure lines per second instead, so many prompts at once",
     )
+    add(
+        "--baseline-batch-size",
+        type=sweep,
+        metavar="16,64",
+        help="those of the baselines (default: the same)",
+    )
     add("--repeats", type=positive, default=1, metavar="N", help="timings per prompt")
     add(
         "--baseline",
@@ -164,8 +170,12 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
     add("--draft-config", metavar="NAME", help=shape % DRAFT_CONFIG)
     args = parser.parse_args(arguments)
     named = args.model or args.draft_model or args.unverified or args.prompts != PROMPTS
-    if args.batch_size and (min(args.batch_size) < 1 or args.plot):
-        raise InputError("--batch-size is at least 1, and goes not with --plot")
+    sizes = [*(args.batch_size or ()), *(args.baseline_batch_size or ())]
+    if sizes and (min(sizes) < 1 or args.plot or not args.batch_size):
+        raise InputError(
+            "--batch-size is at least 1 and does not go with --plot, and "
+            "--baseline-batch-size needs it"
+        )
     if args.batch_size and args.simulate_alpha is not None:
         raise InputError("--batch-size does not go with --simulate-alpha")
     if args.simulate_alpha is not None and named:
@@ -283,7 +293,8 @@ def _batched(
         baseline = baselines.MAKE[name](pair, max_tokens)
         if baseline.generate_batch is None:
             raise InputError(f"--baseline {name} does not go with --batch-size")
-        variants += [batches.theirs(pair, baseline, size) for size in args.batch_size]
+        sizes = args.baseline_batch_size or args.batch_size
+        variants += [batches.theirs(pair, baseline, size) for size in sizes]
     about |= {"prompts": len(prompts), "max_tokens": max_tokens}
     _say_all(about)
     return measure_batches(variants, prompts, list(references.values()), args.repeats)

@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from itertools import count
+from itertools import count, islice
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -37,12 +37,15 @@ from speculation.requests import (
 from speculation.rounds import Round, judged_counts, launch
 from speculation.rows import Row
 from speculation.samplers import RoundSampler, Rules
-from speculation.session import Session
+from speculation.session import CHUNK, Session
 from system import fast_blas, memory
 from system.device import on_gpu
-from system.errors import InputError, NoRoomError, PromptError
+from system.errors import InputError, NoRoomError, PromptError, blame_prompt
 
 NUM_DRAFT = 5
+
+#: How many times as many tokens, padding included, newcomers may be encoded as.
+PADDED = 2
 
 
 def generate(
@@ -82,7 +85,11 @@ class Engine:
 
     A text depends on its request and on ``num_draft``, not on the texts beside it. Only
     where one of those reaches the model's last position, the others have shorter drafts
-    meanwhile, and what is sampled has other random numbers.
+    meanwhile: what is sampled has other random numbers then, and with a ``delta`` above
+    0 another draft token may stand.
+
+    What :meth:`step` raises (Ctrl-C, a processor's error) leaves an engine that is of
+    no more use; what concerns one text comes as its last commit.
     """
 
     def __init__(
@@ -116,7 +123,9 @@ class Engine:
         self._draft_positions = (drafter and drafter.positions) or sys.maxsize
         self._ids = count()
         self._rules: WeakValueDictionary[Any, Rules] = WeakValueDictionary()
+        self._texts: dict[int, Row] = {}  # those that are not finished
         self._waiting: deque[Row] = deque()
+        self._gone = 0  # how many of them were cancelled
         self._rows: list[Row | None] = []
         self._arriving: _Arriving | None = None
         self._ahead: Round | None = None
@@ -127,12 +136,17 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether there is anything to do."""
-        return bool(self._waiting or self._failed or self._arriving or self._active)
+        return bool(self._texts or self._failed)
 
     @property
     def wanted(self) -> int:
         """How many more requests there should be, for no row to have to wait."""
-        return max(0, self._most - len(self._waiting))
+        return max(0, self._most - self._queued)
+
+    @property
+    def _queued(self) -> int:
+        """How many wait and were not cancelled."""
+        return len(self._waiting) - self._gone
 
     @property
     def _active(self) -> "list[Row]":
@@ -163,16 +177,26 @@ class Engine:
             )
             self._rules[key] = rules
         row = Row(next(self._ids), request, rules)
+        self._texts[row.id] = row
         self._waiting.append(row)
         return row.id
 
     def cancel(self, number: int) -> None:
         """Have no more of a text: its row is free at once."""
-        self._waiting = deque(row for row in self._waiting if row.id != number)
-        for row in [*self._active, *(self._arriving.rows if self._arriving else ())]:
-            if row.id == number:
-                row.finished = True
-        self._free_rows()
+        row = self._texts.pop(number, None)
+        if row is None:
+            return
+        row.finished = True
+        arriving = self._arriving.rows if self._arriving else []
+        if row in self._rows:
+            self._free_rows()
+        elif row not in arriving:
+            self._gone += 1
+            if self._held and self._waiting[0] is row:
+                self._held = False
+        elif all(each.finished for each in arriving):
+            self._arriving.chunks.close()
+            self._arriving = None
 
     def step(self) -> list[Commit]:
         """One round of every row.
@@ -199,14 +223,17 @@ class Engine:
             if outcome.finite < current.positions:
                 self._odd.add(place)
         self._free_rows()
+        if self._odd and not self._active:
+            self._target.forget()  # nobody else would know that they are there
+            self._odd.clear()
         return failed + commits
 
     # Rounds.
 
     def _settle(self) -> None:
         """Have the target's caches hold what is committed, but for each last token."""
-        if not self._rows:
-            return
+        if not self._active:
+            return  # what begins next finds out itself what it can use
         self._target.rewind([len(row.sequence) - 1 if row else 0 for row in self._rows])
         if self._odd:
             self._target.wipe(sorted(self._odd))
@@ -270,11 +297,14 @@ class Engine:
 
     def _free_rows(self) -> None:
         """Rows whose texts are finished are nobody's."""
+        for row in self._active:
+            if row.finished:
+                self._texts.pop(row.id, None)
         self._rows = [row if row and not row.finished else None for row in self._rows]
 
     def _changes_wait(self) -> bool:
         """Whether the rows are to change before the next round but one."""
-        if self._arriving or self._waiting:
+        if self._arriving or self._queued:
             return True
         return self._size_for(len(self._active)) < len(self._rows)
 
@@ -294,7 +324,8 @@ class Engine:
         if self._arriving is None:
             return
         try:
-            next(self._arriving.chunks)
+            with blame_prompt():
+                next(self._arriving.chunks)
         except StopIteration:
             self._arriving = None
         except PromptError as error:
@@ -311,23 +342,26 @@ class Engine:
             self._have_threads(size)
             started = time.perf_counter()
             try:
-                firsts = self._target.start([row.request.prompt for row in newcomers])
-                if self._drafter:
-                    self._drafter.start(self._draft_prompts(newcomers))
+                with blame_prompt():
+                    prompts = [row.request.prompt for row in newcomers]
+                    firsts = self._target.start(prompts)
+                    if self._drafter:
+                        self._drafter.start(self._draft_prompts(newcomers))
             except PromptError as error:
                 self._try_apart(newcomers, error)
                 continue
             blank = size - len(newcomers)
             if blank:
                 self._take(list(range(len(newcomers))), blank)
-            self._rows = [*newcomers, *[None] * blank]
             self._begin(newcomers, firsts, started)
+            self._rows = [*newcomers, *[None] * blank]
+            self._free_rows()
 
     def _next_arriving(self) -> "_Arriving | None":
         """Those who are to be begun with beside others, if it is time to."""
         free = [place for place, row in enumerate(self._rows) if not row]
         # A few at once are encoded in less time than one after the other.
-        few = min(len(self._waiting), max(1, len(self._rows) // 8))
+        few = min(self._queued, max(1, len(self._rows) // 8))
         if self._held or not few or len(free) < few:
             return None
         newcomers = self._next_waiting(len(free))
@@ -342,9 +376,10 @@ class Engine:
             drafts = yield from self._drafter.prepare(self._draft_prompts(newcomers))
             self._drafter.put(places, drafts)
         firsts = self._target.put(places, prepared)
+        self._begin(newcomers, firsts, started)
         for place, row in zip(places, newcomers, strict=True):
             self._rows[place] = row
-        self._begin(newcomers, firsts, started)
+        self._free_rows()
 
     def _draft_prompts(self, newcomers: "list[Row]") -> list[list[int]]:
         """What the drafter is given: of a prompt that it has no room for, nothing."""
@@ -361,26 +396,43 @@ class Engine:
             try:
                 row.begin(first, self._target_positions, now - started, now)
             except InputError as error:
-                self._failed.append(row.fail(error))
-        self._free_rows()
+                self._fail(row, error)
+
+    def _fail(self, row: Row, error: InputError) -> None:
+        """A text ends before it has begun."""
+        if not row.finished:
+            self._failed.append(row.fail(error))
+            self._texts.pop(row.id)
 
     def _next_waiting(self, most: int) -> "list[Row]":
         """Those whose turn it is, so many at most."""
         newcomers: list[Row] = []
+        longest = sum_of = 0
         while self._waiting and len(newcomers) < most:
-            if self._waiting[0].apart and newcomers:
+            row = self._waiting[0]
+            if row.finished:
+                self._waiting.popleft()
+                self._gone -= 1
+                continue
+            size = len(row.request.prompt)
+            longest, sum_of = max(longest, size), sum_of + size
+            if newcomers and (
+                row.apart
+                or newcomers[0].apart
+                # What is encoded together is padded to the longest.
+                or (len(newcomers) + 1) * longest > PADDED * sum_of + CHUNK
+            ):
                 break
             newcomers.append(self._waiting.popleft())
-            if newcomers[0].apart:
-                break
         return newcomers
 
     def _try_apart(self, newcomers: "list[Row]", error: PromptError) -> None:
         """They cannot be begun with: each is tried by itself, which shows whose fault
         it is, and where the memory does not do, once nothing else is in it."""
         held = isinstance(error, NoRoomError) and bool(self._active)
+        newcomers = [row for row in newcomers if not row.finished]
         if len(newcomers) == 1 and not held:
-            self._failed.append(newcomers[0].fail(error))
+            self._fail(newcomers[0], error)
             return
         for row in newcomers:
             row.apart = True
@@ -390,7 +442,7 @@ class Engine:
     def _resize(self) -> None:
         """Have as many rows as there are texts for."""
         active = [place for place, row in enumerate(self._rows) if row]
-        waiting = 0 if self._held else len(self._waiting)
+        waiting = 0 if self._held else self._queued
         size = self._size_for(len(active) + waiting)
         have = len(self._rows)
         if size > have and self._has_room(size):
@@ -409,13 +461,12 @@ class Engine:
 
     def _has_room(self, rows: int) -> bool:
         """Whether the memory does for so many rows."""
-        texts = [*self._active, *list(self._waiting)[:rows]]
+        texts = [*self._active, *islice(self._waiting, rows)]
         prompt = max(len(row.request.prompt) for row in texts)
         answer = max(row.request.max_tokens for row in texts)
-        more = rows - len(self._rows)
-        size = self._target.batch_bytes(more, prompt, answer)
+        size = self._target.batch_bytes(rows, prompt, answer)
         if self._drafter:
-            size += self._drafter.batch_bytes(more, prompt, answer)
+            size += self._drafter.batch_bytes(rows, prompt, answer)
         return size <= memory.SMALL or memory.fits(size)
 
     def _have_threads(self, rows: int) -> None:

@@ -14,7 +14,7 @@ import system.fast_blas  # noqa: F401  (before mlx: see there)
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -196,10 +196,11 @@ class Pair:
     ) -> Iterator[Generation]:
         """Answer any number of prompts, several at a time.
 
-        Nothing is read or decoded before it is asked for, and prompts are read ahead
-        only as far as it takes to decode those of a like length together. A text is
-        what :meth:`generate` makes of its prompt, with the prompt's place, from 0 on,
-        as its stream.
+        Nothing is read or decoded before it is asked for. Prompts are read ahead, a
+        few times the batch size, to decode those of a like length together; where they
+        take their time, a :class:`answering.Source` can say so. A text is what
+        :meth:`generate` makes of its prompt, with the prompt's place, from 0 on, as
+        its stream.
 
         Args:
             prompts: as :meth:`samples` takes one, or a :class:`answering.Question`.
@@ -214,9 +215,12 @@ class Pair:
             ``error`` instead of a text, and does not disturb the others.
 
         Raises:
-            InputError: bad options.
+            InputError: bad options. Those of a :class:`Question` are its own error.
             RuntimeError: after another generation has begun.
+            Whatever the prompts raise as they are read: then no more answers come.
         """
+        if batch_size is not None and batch_size < 1:
+            raise InputError(f"batch-size is {batch_size}: it has to be at least 1")
         mine = self._latest = object()
         decode = self._decode_with_special if keep_special else self.tokenizer.decode
 
@@ -229,7 +233,9 @@ class Pair:
                 prompt = read_prompt(prompt)
                 answer.prompt = last_text(prompt)
                 return answer, self.request(prompt, **its)
-            except PromptError as error:
+            except InputError as error:
+                if not isinstance(error, PromptError) and not question.options:
+                    raise  # it is everybody's
                 answer.fail(error)
                 return answer, None
 
@@ -246,10 +252,9 @@ class Pair:
             return self.engine(rows, num_draft), rows
 
         source = prompts if callable(prompts) else source_of(prompts)
-        for answer in Answers(source, begin, engine_for, in_order):
-            if self._latest is not mine:
-                raise RuntimeError("another generation has begun on this pair")
-            yield answer
+        yield from Answers(
+            source, begin, engine_for, in_order, partial(self._require_latest, mine)
+        )
 
     def request(
         self,
@@ -373,8 +378,11 @@ class Pair:
         while engine.busy:
             for commit in engine.step():
                 yield commit
-                if self._latest is not mine:
-                    raise RuntimeError("another generation has begun on this pair")
+                self._require_latest(mine)
+
+    def _require_latest(self, mine: object) -> None:
+        if self._latest is not mine:
+            raise RuntimeError("another generation has begun on this pair")
 
     def _encode(self, prompt: "str | list[dict[str, str]]") -> list[int]:
         if not last_text(prompt).strip():

@@ -232,6 +232,9 @@ def check_flags(arguments: Namespace) -> None:
         for name in ("prompt", "interactive", "compare", "color", "separator"):
             if getattr(arguments, name):
                 raise InputError(f"--input does not go with --{name}")
+        for name in ("input", "output"):
+            if getattr(arguments, name) == "":
+                raise InputError(f"--{name} is empty: name a file")
         if arguments.num_samples != 1:
             raise InputError("--input has an answer a line: no --num-samples")
         if arguments.resume and arguments.output in (None, "-"):

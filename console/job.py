@@ -5,6 +5,7 @@ lines ──► questions ──► pair.answers ──► outlet, in the order 
 
 import hashlib
 from argparse import Namespace
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,11 +14,13 @@ from checkpoints.converted import CONFIG
 from console.answers import described, json_line
 from console.arguments import NAME
 from console.lines import Asked, Line, LineReader
-from console.outlet import Outlet
+from console.outlet import Outlet, require_apart
 from console.progress import Progress
 from console.rules import Rules
 from pair import Pair
-from system.errors import InputError, PromptError
+from speculation.requests import MAX_TOKENS
+from speculation.sampling import GREEDY
+from system.errors import InputError, PromptError, say
 from text.messages import Messages
 
 #: Flags that no answer depends on.
@@ -47,58 +50,73 @@ class _Tag(NamedTuple):
 class Job:
     """The lines of one input and their answers."""
 
-    def __init__(
-        self,
-        arguments: Namespace,
-        pair: Pair,
-        rules: Rules,
-        system: Messages,
-        reader: LineReader,
-    ):
+    def __init__(self, arguments: Namespace):
         """
+        Raises:
+            InputError: the input cannot be read, or the output not be written.
+        """
+        output = arguments.output or "-"
+        self._arguments = arguments
+        self._reader = LineReader(arguments.input)
+        require_apart(output, arguments.input)
+        self._asked = Asked(arguments.input)
+        self._outlet = Outlet(output, arguments.resume)
+        self._said: set[str] = set()
+
+    def run(self, pair: Pair, rules: Rules, system: Messages) -> int:
+        """Answer what is to be answered; the exit status.
+
         Args:
             system: what every conversation begins with.
 
         Raises:
-            InputError: the output cannot be written, or is not this job's.
+            InputError: the output is not this job's.
         """
-        self._arguments = arguments
-        self._pair = pair
-        self._rules = rules
-        self._system = system
-        self._reader = reader
-        self._asked = Asked(arguments.input)
-        output = arguments.output or "-"
-        self._outlet = Outlet(output, describe(arguments, pair), arguments.resume)
-        try:
-            for place in range(self._outlet.known):
+        self._rules, self._system = rules, system
+        arguments, outlet = self._arguments, self._outlet
+        with closing(outlet):
+            outlet.read(describe(arguments, pair))
+            if outlet.unknown:
+                return self._complete()
+            for place in range(outlet.known):
                 self._skip(place)
-        except BaseException:
-            self._outlet.close()
-            raise
-        self._progress = Progress(
-            NAME, reader.size, self._outlet.known, reader.consumed
-        )
-        self._said: set[str] = set()
+            outlet.begin()
+            progress = self._progress = Progress(
+                NAME, self._reader, outlet.known, outlet.failed
+            )
+            with closing(progress):
+                for answer in pair.answers(
+                    self._next_question,
+                    batch_size=arguments.batch_size,
+                    num_draft=arguments.num_draft,
+                    delta=arguments.delta,
+                    keep_special=arguments.keep_special,
+                ):
+                    self._write(answer)
+            outlet.done()
+        progress.finish()
+        return 2 if progress.failed else 0
 
-    def run(self) -> int:
-        """Answer what is left; the exit status."""
-        arguments = self._arguments
-        try:
-            for answer in self._pair.answers(
-                self._next_question,
-                batch_size=arguments.batch_size,
-                num_draft=arguments.num_draft,
-                delta=arguments.delta,
-                keep_special=arguments.keep_special,
-            ):
-                self._write(answer)
-            self._outlet.done()
-        finally:
-            self._progress.clear()
-            self._outlet.close()
-        self._progress.finish()
-        return 2 if self._progress.failed else 0
+    def _complete(self) -> int:
+        """The output has no record: it may be a job's that is done. The exit status.
+
+        Raises:
+            InputError: it is not.
+        """
+        count = 0
+        with suppress(StopIteration):
+            while True:
+                self._reader.take(wait=True)
+                count += 1
+        if count != self._outlet.unknown:
+            raise InputError(
+                f"{self._arguments.output} has {self._outlet.unknown:,} lines, and "
+                f"nothing beside it says that they are of a job that was interrupted: "
+                f"remove it, or name another"
+            )
+        self._outlet.done()
+        say(f"{self._arguments.output} has a line for each of the input: done")
+        return 0
 
     def _skip(self, place: int) -> None:
         """Pass over a line that is answered already."""
@@ -136,13 +154,14 @@ class Job:
     def _write(self, answer: Generation) -> None:
         line, raw, consumed = answer.tag
         blank = isinstance(answer.error, _Blank)
-        if answer.error and not blank:
+        failed = bool(answer.error) and not blank
+        if failed:
             self._progress.fault(line.number, str(answer.error))
         if self._arguments.json or self._asked.json:
             text = self._object(line, answer, blank)
         else:
             text = self._escaped("" if answer.error else answer.text)
-        self._outlet.write(text, raw)
+        self._outlet.write(text, raw, failed)
         self._progress.answered(consumed, answer.stats)
 
     def _object(self, line: Line, answer: Generation, blank: bool) -> str:
@@ -151,18 +170,17 @@ class Job:
             fields = {"prompt": shown.decode("utf-8", "replace")}
         else:
             fields = line.fields
+        own = described(answer)
         if answer.error and not blank:
+            own = {"error": str(answer.error)}
             if "prompt" not in fields:
                 fields = {"line": line.number, **fields}
-            return json_line({**fields, "error": str(answer.error)})
-        own = described(answer)
-        if blank:
+        elif blank:
             own["finish_reason"] = None
-        for name in own:
-            if name in fields:
-                self._say_once(
-                    f"the input's field '{name}' is replaced by the answer's"
-                )
+        ours = {*described(answer), "error"}
+        for name in sorted(ours & set(fields)):
+            self._say_once(f"the input's field '{name}' gives way to the answer's")
+        fields = {name: v for name, v in fields.items() if name not in ours}
         return json_line({**fields, **own})
 
     def _escaped(self, text: str) -> str:
@@ -181,11 +199,13 @@ class Job:
 
 def describe(arguments: Namespace, pair: Pair) -> dict[str, Any]:
     """What the answers of a job depend on, the input aside, by the names of flags."""
-    job = {
-        name.replace("_", "-"): value
-        for name, value in vars(arguments).items()
-        if name not in _OTHERS
-    }
+    job = {}
+    for name, value in vars(arguments).items():
+        if name not in _OTHERS:
+            default = getattr(GREEDY, name, None)
+            if name == "max_tokens" and not arguments.task_defaults:
+                default = MAX_TOKENS
+            job[name.replace("_", "-")] = default if value is None else value
     plain = arguments.regular_decode or not arguments.num_draft or not pair.drafter
     job["model"] = _identity(pair.folder)
     job["draft-model"] = None if plain else _identity(pair.draft_folder)

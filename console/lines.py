@@ -127,6 +127,7 @@ class Asked:
     """
 
     def __init__(self, path: str):
+        self._name = "standard input" if path == "-" else path
         self.json = True if path.lower().endswith(JSON_NAMES) else None
         self._number = 0
 
@@ -139,20 +140,19 @@ class Asked:
         self._number += 1
         text = line.removesuffix(b"\r").decode("utf-8", "surrogateescape")
         if self._number == 1:
-            check_start(text)
+            check_start(text, self._name)
             text = text.removeprefix(MARK)
         if self.json is None and text.strip():
             self.json = self._is_json(text)
-        if long:
+        if long or len(text) > MOST_CHARACTERS:
             fault = f"it has over {MOST_CHARACTERS:,} characters: shorten it"
             return Line(self._number, text, {} if self.json else None, fault)
         if not self.json:
             return Line(self._number, text, None, None)
         fields, fault = _read_object(text)
-        prompt = fields.get("prompt")
-        if not fault and prompt is None:
+        if not fault and "prompt" not in fields:
             fault = 'the object has no "prompt"'
-        return Line(self._number, prompt, fields, fault)
+        return Line(self._number, fields.get("prompt"), fields, fault)
 
     @staticmethod
     def _is_json(text: str) -> bool:
@@ -171,6 +171,8 @@ def _read_object(text: str) -> tuple[dict[str, Any], str | None]:
     except RecursionError:
         return {}, "the line is no JSON that anybody writes: it is nested too deep"
     except ValueError as error:
+        if "set_int_max_str_digits" in str(error):
+            error = ValueError("a number has thousands of digits")
         return {}, f"the line is no JSON: {error}"
     if not isinstance(value, dict):
         return {}, "the line is no JSON object"

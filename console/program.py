@@ -13,8 +13,6 @@ from console.arguments import NAME, check_flags, parse_arguments
 from console.choosing import BUNDLED, choose_pair
 from console.comparing import compare, describe_machine
 from console.job import Job
-from console.lines import LineReader
-from console.outlet import require_writable
 from console.prompts import EXAMPLE_TASK, read_prompts, read_system, require_answerable
 from console.rules import Rules, read_given, read_sampling
 from pair import Pair
@@ -59,9 +57,9 @@ class Program:
                 compare(begin, arguments.num_draft, self._pair.forget)
         return status
 
-    def answer_file(self, reader: LineReader) -> int:
+    def answer_file(self, job: Job) -> int:
         """Answer the lines of a file, several at once; the exit status."""
-        return Job(self._arguments, self._pair, self._rules, self._system, reader).run()
+        return job.run(self._pair, self._rules, self._system)
 
     def converse(self) -> None:
         """Answer lines as they are typed."""
@@ -130,16 +128,13 @@ def main() -> int:
     arguments = parse_arguments()
     check_flags(arguments)
     write = Writer(arguments)
-    reader = None
-    if arguments.input is not None:
-        reader = LineReader(arguments.input)
-        require_writable(arguments.output or "-", arguments.input)
     most = MAX_TOKENS if arguments.max_tokens is None else arguments.max_tokens
     check_options(most, arguments.num_draft, arguments.delta)
     # What the files ask for is known later, and may make these go together.
     if not arguments.task_defaults:
         read_sampling(read_given(arguments), arguments.num_samples)
 
+    job = Job(arguments) if arguments.input is not None else None
     if fast_blas.hint:
         say(fast_blas.hint)
     if arguments.verbose:
@@ -151,8 +146,8 @@ def main() -> int:
         unverified=arguments.unverified,
     )
     program = Program(arguments, pair, write)
-    if reader:
-        return program.answer_file(reader)
+    if job:
+        return program.answer_file(job)
     if arguments.interactive:
         program.converse()
         return 0

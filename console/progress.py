@@ -4,6 +4,7 @@ import sys
 import time
 from collections import Counter
 
+from console.lines import LineReader
 from speculation.requests import Stats
 from system.errors import one_line, say
 
@@ -21,22 +22,22 @@ class Progress:
         failed: how many could not be.
     """
 
-    def __init__(self, name: str, size: int | None, before: int, offset: int):
+    def __init__(self, name: str, reader: LineReader, before: int, failed: int):
         """
         Args:
-            size: bytes of the input; None where nobody knows.
-            before: lines that were answered by an earlier run.
-            offset: their bytes.
+            reader: of the input, behind what is answered already.
+            before: lines that an earlier run answered.
+            failed: how many of them could not be.
         """
         self._name = name
-        self._size = size
-        self._before, self._offset = before, offset
-        self._done = offset
+        self._size, self._offset = reader.size, reader.consumed
+        self._before, self._failed_before = before, failed
+        self._done = self._offset
         self._lines = self._tokens = self._rounds = 0
         self._began = self._said = time.perf_counter()
         self._terminal = sys.stderr.isatty()
         self._shown = False
-        self.failed = 0
+        self.failed = failed
         self._why: Counter[str] = Counter()
         self._first: dict[str, str] = {}  # fault by its kind
 
@@ -58,17 +59,18 @@ class Progress:
         kind = "".join("0" if c.isdigit() else c for c in message)
         self._why[kind] += 1
         self._first.setdefault(kind, f"line {line}: {message}")
-        if self.failed <= NAMED:
+        named = self.failed - self._failed_before
+        if named <= NAMED:
             self.say(f"{self._name}: line {line}: {message}")
-        elif self.failed == NAMED + 1:
+        elif named == NAMED + 1:
             self.say(f"{self._name}: more lines cannot be answered: counted at the end")
 
     def say(self, line: str) -> None:
         """Something else, above what is in place."""
-        self.clear()
+        self.close()
         say(line)
 
-    def clear(self) -> None:
+    def close(self) -> None:
         """Nothing is in place any more."""
         if self._shown:
             sys.stderr.write("\r\x1b[K")
@@ -76,14 +78,18 @@ class Progress:
 
     def finish(self) -> None:
         """The sum of it."""
-        self.clear()
         say(self._rates())
         if self._rounds:
             say(f"{self._tokens / self._rounds:.2f} tokens per pass of the target")
         if self.failed:
             say(f"{self.failed:,} could not be answered:")
+        if self._failed_before:
+            say(f"  {self._failed_before:,} of an earlier run")
         for kind, count in self._why.most_common(NAMED):
             say(f"  {count:,} like {self._first[kind]}")
+        if len(self._why) > NAMED:
+            rest = self._why.most_common()[NAMED:]
+            say(f"  {sum(count for _, count in rest):,} others")
 
     def _show(self) -> None:
         text = self._rates()

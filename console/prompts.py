@@ -106,9 +106,11 @@ def open_input() -> None:
     sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
 
 
-def check_start(line: str) -> None:
-    """Raise an InputError for a first line that is UTF-16's, as all the others are."""
-    if line.startswith(_UTF16):
+def check_start(line: str, name: str = "standard input") -> None:
+    """Raise an InputError for a first line that is UTF-16's or UTF-32's, as all the
+    others are."""
+    if line.startswith((*_UTF16, "\0\0\udcfe\udcff")):
+        kind = "UTF-32" if "\0\0" in line[:4] else "UTF-16"
         raise InputError(
-            "standard input is UTF-16, not UTF-8: convert it (iconv -f UTF-16 -t UTF-8)"
+            f"{name} is {kind}, not UTF-8: convert it (iconv -f {kind} -t UTF-8)"
         )

@@ -128,6 +128,10 @@ class Request:
 
     def __post_init__(self) -> None:
         check_options(self.max_tokens, 0, self.delta)
+        if not all(isinstance(n, int) and n >= 0 for n in self.stream):
+            raise InputError(
+                f"stream is {self.stream}: it has to be integers from 0 on"
+            )
 
 
 @dataclass(frozen=True)

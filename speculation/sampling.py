@@ -75,6 +75,12 @@ class Sampling:
     processors: tuple[Processor, ...] = ()
 
     def __post_init__(self) -> None:
+        # Lists will do; what is kept has to be hashable.
+        words = tuple(map(tuple, self.bad_words_ids))
+        object.__setattr__(self, "bad_words_ids", words)
+        for name in ("suppress_tokens", "processors"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
         def check(name: str, fine: bool, range_: str) -> None:  # NaN is never fine
             if not fine:
                 value = getattr(self, name.replace("-", "_"))

@@ -1,5 +1,6 @@
 """The engine: rows that come and go do not know of each other."""
 
+from copy import copy, deepcopy
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -377,6 +378,129 @@ def test_cancelled_before_it_began_and_all_cancelled(families):
     tokens, _ = run(engine, [Request(PROMPTS[2], NEVER, 5)])
     alone = decode(families["t5"].alone, None, [PROMPTS[2]], max_tokens=5)
     assert tokens[0] == alone[0][0]
+
+
+@pytest.mark.parametrize("kind", ["t5", "llama"])
+def test_cancelled_while_it_arrives(families, kind, monkeypatch):
+    """Nothing more is encoded for it, and nothing is said of it."""
+    monkeypatch.setattr(session, "CHUNK", 4)
+    monkeypatch.setattr(causal_session, "CHUNK", 4)
+    family = families[kind]
+    engine = Engine(family.target, None, rows=2)
+    short = engine.admit(Request(PROMPTS[0], NEVER, 12))
+    engine.step()
+    long = engine.admit(Request([*range(4, 60)], NEVER, 3, sampling=RULES[1]))
+    while engine._arriving is None:
+        engine.step()
+    engine.cancel(long)
+    assert engine._arriving is None
+    seen = []
+    while engine.busy:
+        seen += [commit.id for commit in engine.step()]
+    assert set(seen) == {short}
+
+
+def test_who_waits_for_memory_is_cancelled(families, monkeypatch):
+    """Those behind it need not wait any longer."""
+    family = families["t5"]
+    family.target.forget()
+    engine = Engine(family.target, None, rows=4)
+    engine.admit(Request(PROMPTS[0], NEVER, 40))
+    engine.step()
+
+    def require_room(length, size):
+        if length > 20:
+            raise NoRoomError("too many")
+
+    monkeypatch.setattr(t5_session, "require_room", require_room)
+    held = engine.admit(Request([9] * 30, NEVER, 3))
+    engine.step()
+    engine.step()
+    behind = engine.admit(Request(PROMPTS[1], NEVER, 3))
+    assert not any(commit.id == behind for commit in engine.step() + engine.step())
+    engine.cancel(held)
+    steps = 0
+    while not any(commit.id == behind for commit in engine.step()):
+        steps += 1
+    assert steps < 4
+
+
+@pytest.mark.parametrize("kind", ["t5", "gpt2"])
+def test_an_idle_engine_after_others_used_the_session(families, kind):
+    family = families[kind]
+    engine = Engine(family.target, family.drafters["good"], num_draft=2, rows=4)
+    requests = [Request(prompt, NEVER, 5) for prompt in PROMPTS[:3]]
+    first = run(engine, requests)[0]
+    decode(family.target, None, [PROMPTS[4]], max_tokens=9)
+    assert run(engine, requests)[0] == first
+    family.target.forget()
+    assert run(engine, requests)[0] == first
+
+
+def test_not_finite_before_is_not_finite_no_more(families):
+    """Of a decoder-only model, whose next prompt may begin as the last one did."""
+    family = families["llama"]
+    poisoned = copy(family.target)
+    poisoned.model = deepcopy(family.target.model)
+    weight = np.array(poisoned.model.model.embed_tokens.weight)
+    weight[POISON] = np.nan
+    poisoned.model.model.embed_tokens.weight = mx.array(weight)
+    poisoned.forget()
+    with pytest.raises(InputError, match="not finite"):
+        decode(poisoned, None, [[4, 4, 4, *[POISON] * 20]])
+    requests = [Request([4, 4, 9], NEVER, 9), Request([*range(20, 60)], NEVER, 9)]
+    tokens, _ = run(Engine(poisoned, None, rows=4), requests, [0, 1])
+    for place, request in enumerate(requests):
+        alone = decode(family.alone, None, [request.prompt], max_tokens=9)
+        assert tokens[place] == alone[0][0]
+
+
+def test_what_is_encoded_together_is_of_a_like_length(families, monkeypatch):
+    family = families["t5"]
+    seen = []
+    start, prepare = family.target.start, family.target.prepare
+    monkeypatch.setattr(family.target, "start", lambda p: (seen.append(p), start(p))[1])
+    monkeypatch.setattr(
+        family.target, "prepare", lambda p: (seen.append(p), prepare(p))[1]
+    )
+    prompts = [*PROMPTS[:2], [9] * 700, *PROMPTS[2:4], [8] * 600]
+    run(
+        Engine(family.target, None, rows=8),
+        [Request(prompt, NEVER, 4) for prompt in prompts],
+    )
+    assert [list(map(len, each)) for each in seen] == [[4, 8], [700, 2, 1, 600]] or [
+        max(map(len, each)) * len(each) <= 2 * sum(map(len, each)) + session.CHUNK
+        for each in seen
+    ] == [True] * len(seen)
+
+
+def test_100_000_that_wait_and_leave(families):
+    """Neither takes the longer the more there are."""
+    engine = Engine(families["t5"].target, None, rows=4)
+    ids = [engine.admit(Request([5], NEVER, 2)) for _ in range(100_000)]
+    for number in ids[:-3]:
+        engine.cancel(number)
+    assert engine.wanted == 1
+    tokens = []
+    while engine.busy:
+        tokens += [commit.id for commit in engine.step()]
+    assert set(tokens) == set(ids[-3:])
+
+
+@pytest.mark.parametrize("stream", [(-1,), (0.5,), ("x",)], ids=str)
+def test_an_odd_stream(stream):
+    with pytest.raises(InputError, match="stream"):
+        Request([5], NEVER, stream=stream)
+
+
+def test_lists_will_do(families):
+    listed = Sampling(suppress_tokens=[5, 6], bad_words_ids=[[7], [8, 9]])
+    tupled = Sampling(suppress_tokens=(5, 6), bad_words_ids=((7,), (8, 9)))
+    texts = [
+        decode(families["t5"].alone, None, PROMPTS[:1], sampling=sampling)[0]
+        for sampling in (listed, tupled)
+    ]
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize("kind", ["t5", "llama"])

@@ -23,9 +23,9 @@ from transformers import AutoTokenizer, ByT5Tokenizer, T5Tokenizer
 import convert
 import model
 from architectures import t5
+from architectures.t5_session import T5Session
 from checkpoints import config
 from checkpoints.config import MODES, Quantization, T5Config
-from model import T5Session
 from pair import Pair
 from speculation.sampling import Sampling
 from system.errors import InputError

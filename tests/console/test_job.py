@@ -128,7 +128,7 @@ def test_json_lines(call, pair, files):
     assert found[2]["question"] == "no prompt"
     assert found[-2]["id"] == "\udfff"
     assert f"{len(raw) - 3} could not be answered" in err
-    assert "replaced" in err
+    assert "'text' gives way" in err
     assert "Traceback" not in err
 
 
@@ -229,22 +229,28 @@ def test_line_breaks_of_an_answer(call, pair, files, monkeypatch):
         (("--input", "-", "--batch-size", "many"), "auto nor a number"),
         (("--input", "missing.txt"), "cannot read missing.txt"),
         (("--input", "."), "a folder"),
-        (("--input", "-", "--output", "."), "a folder"),
-        (("--input", "-", "--output", "no/such/file"), "there is no folder"),
+        (("--input", "-", "--output", "."), "cannot write .: Is a directory"),
+        (("--input", "-", "--output", "no/such/file"), "cannot write no/such/file"),
+        (("--input", "-", "--output", "x" * 253), "File name too long"),
+        (("--input", "-", "--output", ""), "--output is empty"),
+        (("--input", ""), "--input is empty"),
         (("--input", "{source}", "--output", "{source}"), "is the input"),
+        (("--input", "{source}.job", "--output", "{source}"), "is the input"),
     ],
 )
 def test_flags_that_do_not_go_together(call, files, flags, words, monkeypatch):
     """Said before a model is looked at."""
     source, _ = files
     source.write_text("the cat\n")
+    Path(f"{source}.job").write_text("the cat\n")
     flags = [str(flag).replace("{source}", str(source)) for flag in flags]
     monkeypatch.chdir(source.parent)
     status, printed, err = call("--model", "no-such-model", *flags)
     assert (status, printed) == (2, "")
     assert words in err
     assert err.count("\n") == 1
-    assert source.read_text() == "the cat\n"
+    assert source.read_text() == Path(f"{source}.job").read_text() == "the cat\n"
+    assert len(list(source.parent.iterdir())) == 2
 
 
 def start(pair, source, out, *flags, **options):
@@ -264,10 +270,11 @@ def test_interrupted_and_gone_on_with(call, pair, files, blow):
     call(*models(pair), "--input", source, "--output", out, *FLAGS)
     whole = out.read_bytes()
     out.unlink()
-    for lines_out in (1, 5, 17, 40):
+    had = 0
+    for more in (1, 4, 12, 23):
         process = start(pair, source, out, "--resume", "--batch-size", 2)
         while process.poll() is None:
-            if out.exists() and out.read_bytes().count(b"\n") >= lines_out:
+            if out.exists() and out.read_bytes().count(b"\n") >= had + more:
                 process.send_signal(blow)
                 break
             time.sleep(0.005)
@@ -279,6 +286,7 @@ def test_interrupted_and_gone_on_with(call, pair, files, blow):
         if process.returncode == 0:
             break
         assert whole.startswith(out.read_bytes())
+        had = out.read_bytes().count(b"\n")
         with out.open("ab") as file:
             file.write(b"half a li")  # as a kill in the middle of a line leaves it
     status, _, err = call(
@@ -325,11 +333,11 @@ def begun(call, pair, files, monkeypatch):
     source.write_text("\n".join(sentences(12)) + "\n")
     write, count = outlet.Outlet.write, []
 
-    def stopping(self, answer, line):
+    def stopping(self, *what):
         if len(count) == 5:
             raise KeyboardInterrupt
-        count.append(line)
-        write(self, answer, line)
+        count.append(what)
+        write(self, *what)
 
     monkeypatch.setattr(outlet.Outlet, "write", stopping)
     flags = (*models(pair), "--input", source, "--output", out, *FLAGS)
@@ -396,6 +404,80 @@ def test_an_output_that_is_not_to_be_lost(call, begun, files):
     Path(f"{out}{outlet.RECORD}").write_text("what is this\n")
     assert call(*begun, "--resume")[0] == 2
     assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "record", [b"", b"{}", b"[1]", b"\xff\0", b'{"a job of main.py": {"delta'], ids=str
+)
+def test_a_record_that_is_torn(call, begun, files, record):
+    """What it says nothing of is not begun again, and nothing else is taken for one."""
+    _, out = files
+    before = out.read_bytes()
+    Path(f"{out}{outlet.RECORD}").write_bytes(record)
+    assert call(*begun, "--resume")[0] == 2
+    assert out.read_bytes() == before
+    out.write_bytes(b"")  # nothing is lost, unless the record is somebody else's
+    status, _, err = call(*begun, "--resume")
+    if outlet._MAGIC.startswith(record[: len(outlet._MAGIC)]):
+        assert (status, out.read_bytes().count(b"\n")) == (0, 12)
+    else:
+        assert (status, "no record of a job" in err) == (2, True)
+        assert Path(f"{out}{outlet.RECORD}").read_bytes() == record
+
+
+@pytest.mark.parametrize("damage", ["edited", "longer", "windows"])
+def test_an_output_that_was_changed_since(call, begun, files, damage):
+    _, out = files
+    texts = out.read_bytes().splitlines(keepends=True)
+    changed = {
+        "edited": [*texts[:2], b"mine\n", *texts[3:]],
+        "longer": [*texts, b"mine\n"],
+        "windows": [text.replace(b"\n", b"\r\n") for text in texts],
+    }[damage]
+    out.write_bytes(b"".join(changed))
+    status, _, err = call(*begun, "--resume")
+    assert (status, "name another output" in err) == (2, True)
+    assert out.read_bytes() == b"".join(changed)
+
+
+def test_faults_before_an_interruption_count(call, pair, files, monkeypatch):
+    source, out = files
+    source.write_bytes(b"the cat\na\0b\n" + b"sat on\n" * 6)
+    write = outlet.Outlet.write
+
+    def stopping(self, answer, line, failed):
+        write(self, answer, line, failed)
+        if failed:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(outlet.Outlet, "write", stopping)
+    flags = (*models(pair), "--input", source, "--output", out, *FLAGS)
+    assert call(*flags)[0] == 130
+    monkeypatch.undo()
+    status, _, err = call(*flags, "--resume")
+    assert status == 2
+    assert "1 could not be answered" in err
+    assert "1 of an earlier run" in err
+
+
+def test_what_is_done_is_done(call, pair, files):
+    """A script may ask again; and that is not said of what has other lines."""
+    source, out = files
+    source.write_text("the cat\nsat\n")
+    flags = (*models(pair), "--input", source, "--output", out, *FLAGS)
+    assert call(*flags)[0] == 0
+    before = out.read_bytes()
+    status, _, err = call(*flags, "--resume")
+    assert (status, "done" in err) == (0, True)
+    source.write_text("the cat\nsat\non\n")
+    assert call(*flags, "--resume")[0] == 2
+    assert out.read_bytes() == before
+    assert sorted(source.parent.iterdir()) == [source, out]
+
+
+def test_flags_that_say_the_default(call, begun, files):
+    more = ("--temperature", 0, "--seed", 0, "--delta", 0, "--num-draft", 5)
+    assert call(*begun, *more, "--resume")[0] == 0
 
 
 def test_two_jobs_at_once(begun, files, call, pair):

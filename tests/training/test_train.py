@@ -22,8 +22,8 @@ from transformers import (
 
 import convert
 from architectures.t5 import load
+from architectures.t5_session import T5Session
 from decoder import generate
-from model import T5Session
 from system.errors import InputError
 from training import corpus, tatoeba, together, train
 
