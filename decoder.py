@@ -205,7 +205,7 @@ class Engine:
             What it added, text by text; nothing where a prompt is still being encoded.
         """
         current, self._ahead = self._ahead, None
-        if current is None:
+        if current is None or not self._active:
             self._settle()
             self._change_rows()
             current = self._launch()
@@ -223,7 +223,7 @@ class Engine:
             if outcome.finite < current.positions:
                 self._odd.add(place)
         self._free_rows()
-        if self._odd and not self._active:
+        if self._odd and not self._active and self._arriving is None:
             self._target.forget()  # nobody else would know that they are there
             self._odd.clear()
         return failed + commits
@@ -232,7 +232,7 @@ class Engine:
 
     def _settle(self) -> None:
         """Have the target's caches hold what is committed, but for each last token."""
-        if not self._active:
+        if not self._active and self._arriving is None:
             return  # what begins next finds out itself what it can use
         self._target.rewind([len(row.sequence) - 1 if row else 0 for row in self._rows])
         if self._odd:
@@ -339,6 +339,11 @@ class Engine:
         mx.reset_peak_memory()
         while not self._rows and (newcomers := self._next_waiting(self._most)):
             size = self._size_for(len(newcomers))
+            while len(newcomers) > 1 and not self._has_room(size, newcomers):
+                half = len(newcomers) // 2
+                self._waiting.extendleft(reversed(newcomers[half:]))
+                del newcomers[half:]
+                size = self._size_for(half)
             self._have_threads(size)
             started = time.perf_counter()
             try:
@@ -445,7 +450,8 @@ class Engine:
         waiting = 0 if self._held else self._queued
         size = self._size_for(len(active) + waiting)
         have = len(self._rows)
-        if size > have and self._has_room(size):
+        texts = [*self._active, *islice(self._waiting, size)]
+        if size > have and self._has_room(size, texts):
             self._take(list(range(have)), size - have)
             self._rows += [None] * (size - have)
         elif size < have:
@@ -459,9 +465,8 @@ class Engine:
         if self._drafter:
             self._drafter.take(rows, blank)
 
-    def _has_room(self, rows: int) -> bool:
-        """Whether the memory does for so many rows."""
-        texts = [*self._active, *islice(self._waiting, rows)]
+    def _has_room(self, rows: int, texts: list[Row]) -> bool:
+        """Whether the memory does for so many rows, with these texts in them."""
         prompt = max(len(row.request.prompt) for row in texts)
         answer = max(row.request.max_tokens for row in texts)
         size = self._target.batch_bytes(rows, prompt, answer)

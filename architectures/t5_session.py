@@ -10,8 +10,8 @@ from itertools import repeat
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 
+from architectures.parameters import parameter_count
 from model import T5, LayerCache, Step
 from speculation.processors import ban
 from speculation.session import (
@@ -63,9 +63,7 @@ class T5Session:
         self.positions = None  # a relative position bias has no end
         self.batches = True
         self.has_encoder = True
-        self.parameters = sum(
-            weight.size for _, weight in tree_flatten(model.parameters())
-        )
+        self.parameters = parameter_count(model)
         self._bias_of: dict[int, list[mx.array]] = {}  # by capacity
         self._ban: mx.array | None = None
         if banned:

@@ -22,7 +22,7 @@ from speculation.drafting import ModelDrafter
 from speculation.lookup import LookupDrafter
 from speculation.requests import Request, Stats
 from speculation.sampling import GREEDY, Sampling
-from system import memory
+from system import fast_blas, memory
 from system.errors import InputError, NoRoomError
 
 #: Of mixed lengths; the tiny models answer them with varied texts.
@@ -485,6 +485,52 @@ def test_100_000_that_wait_and_leave(families):
     while engine.busy:
         tokens += [commit.id for commit in engine.step()]
     assert set(tokens) == set(ids[-3:])
+
+
+def test_threads_fit_the_rows(families, monkeypatch):
+    """One is right for a row of a small model, and not for 16."""
+    asked = []
+    monkeypatch.setattr(fast_blas, "fit_threads", asked.append)
+    family = families["t5"]
+    engine = Engine(family.target, None, rows=16)
+    for place in range(16):
+        engine.admit(Request(PROMPTS[place % 8], NEVER, 2 + place))
+    while engine.busy:
+        engine.step()
+    assert asked == [family.target.parameters * rows for rows in (16, 8, 4, 2, 1)]
+
+
+def test_samples_beyond_the_memory_wait(families, monkeypatch):
+    """A batch begins with no more rows than there is room for."""
+    family = families["t5"]
+    monkeypatch.setattr(memory, "SMALL", 0)
+    monkeypatch.setattr(memory, "free", lambda: family.target.batch_bytes(4, 4, 6))
+    requests = [Request(PROMPTS[0], NEVER, 6) for _ in range(11)]
+    engine = Engine(family.target, None, rows=11)
+    rows = []
+    for request in requests:
+        engine.admit(request)
+    while engine.busy:
+        engine.step()
+        rows.append(len(engine._rows))
+    assert max(rows) == 4
+
+
+def test_nothing_is_left_of_a_batch_whose_last_text_fails(poisoned, families):
+    """While another is still being encoded."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "CHUNK", 2)
+        engine = Engine(poisoned, None, rows=2)
+        engine.admit(Request(PROMPTS[0], NEVER, 2))
+        engine.step()
+        bad = engine.admit(Request([4, POISON, 5], NEVER, 5))
+        good = engine.admit(Request([*range(4, 60)], NEVER, 5))
+        commits = []
+        while engine.busy:
+            commits += engine.step()
+    assert [c.finish_reason for c in commits if c.id == bad] == ["error"]
+    alone = decode(families["t5"].alone, None, [[*range(4, 60)]], max_tokens=5)
+    assert [t for c in commits if c.id == good for t in c.tokens] == alone[0][0]
 
 
 @pytest.mark.parametrize("stream", [(-1,), (0.5,), ("x",)], ids=str)

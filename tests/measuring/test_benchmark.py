@@ -71,6 +71,58 @@ def test_whole_run(bench, make, tmp_path):
         assert min(row["c"], row["v"], row["expected"]) > 0
 
 
+def test_batches(bench, make, tmp_path):
+    """Lines per second: the same texts at every batch size, by whomever; the figures
+    that need several runs where there are several."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(f"{prompt}\t{prompt}" for prompt in PROMPTS))
+    status, out, err = bench(
+        *("--model", make(num_decoder_layers=3)[2]),
+        *("--draft-model", make(num_decoder_layers=1)[2]),
+        *("--prompts", prompts, "--num-draft", "0,2", "--max-tokens", 12),
+        *("--batch-size", "1,4", "--baseline-batch-size", "3", "--repeats", 2),
+        *("--baseline", "transformers", "--baseline", "ctranslate2"),
+        *("--json", tmp_path / "figures.json"),
+    )
+    assert status == 0, err
+    rows = json.loads((tmp_path / "figures.json").read_text())["rows"]
+    names = [f"num-draft {k}, batch {size}" for k in (0, 2) for size in (1, 4)]
+    names += ["transformers, cpu, batch 3", "CTranslate2, float32, batch 3"]
+    assert [row["name"] for row in rows] == names
+    assert [line.split("  ")[0] for line in out.splitlines()[1:]] == names
+    for row in rows:
+        assert row["equal"] == 5
+        assert row["low"] <= row["lines_per_second"] <= row["high"]
+        assert row["bleu"] == rows[0]["bleu"]
+    assert rows[0]["speedup"] == 1
+    assert [bool(row["peak_memory"]) for row in rows] == [*[True] * 4, False, False]
+    assert rows[0]["tokens_per_round"] == 1
+    assert rows[2]["tokens_per_round"] > 1
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--batch-size", "0"),
+        ("--batch-size", "4", "--plot", "x.svg"),
+        ("--baseline-batch-size", "4"),
+        ("--batch-size", "4", "--simulate-alpha", "0.5"),
+        ("--batch-size", "4", "--baseline", "mlx-lm"),
+        ("--batch-size", "4", "--baseline", "transformers-assisted"),
+    ],
+    ids=" ".join,
+)
+def test_batches_that_cannot_be_measured(bench, make, tmp_path, flags, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text("the cat\n")
+    pair = ("--model", make()[2], "--draft-model", make(noise=0.05)[2])
+    if "--simulate-alpha" not in flags:
+        flags = (*flags, *pair, "--prompts", "p.txt")
+    status, out, err = bench(*flags)
+    assert (status, out) == (2, "")
+    assert "batch" in err.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     "fields", [{}, {"num_decoder_layers": 3}, {"untied": True}, {"kind": "umt5"}]
 )
