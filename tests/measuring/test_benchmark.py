@@ -77,8 +77,7 @@ def test_batches(bench, make, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(f"{prompt}\t{prompt}" for prompt in PROMPTS))
     status, out, err = bench(
-        *("--model", make(num_decoder_layers=3)[2]),
-        *("--draft-model", make(num_decoder_layers=1)[2]),
+        *("--model", make()[2], "--draft-model", make(noise=0.05)[2]),
         *("--prompts", prompts, "--num-draft", "0,2", "--max-tokens", 12),
         *("--batch-size", "1,4", "--baseline-batch-size", "3", "--repeats", 2),
         *("--baseline", "transformers", "--baseline", "ctranslate2"),
