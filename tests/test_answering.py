@@ -4,7 +4,7 @@ ahead than it takes."""
 from itertools import count, islice
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import answering
@@ -29,6 +29,7 @@ def pair(make):
     return Pair.load(str(make()[2]), str(make(noise=0.05)[2]))
 
 
+@settings(max_examples=12)
 @given(st.data())
 def test_each_is_what_it_is_alone(pair, data):
     asked = prompts(data.draw(st.integers(0, 30)))

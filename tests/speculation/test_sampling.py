@@ -10,11 +10,11 @@ from conftest import VOCABULARY
 from hypothesis import given
 from hypothesis import strategies as st
 from law import chain
+from test_decoder import Scripted
 
 from architectures import t5
 from architectures.t5_session import T5Session
 from decoder import generate
-from speculation.acceptance import Draft
 from speculation.drafting import ModelDrafter
 from speculation.samplers import RoundSampler, RowSampler, Rules
 from speculation.sampling import Sampling, draw
@@ -226,19 +226,10 @@ def test_what_is_banned_is_never_emitted(sessions, temperature, delta):
     """Not even where delta takes whatever is proposed, for certain."""
     _, target, _ = sessions
 
-    class Banned:
-        positions = None
-
-        def start(self, prompts):
-            pass
-
-        def propose(self, sequences, num_draft, sampler):
-            return Draft(mx.full((len(sequences), num_draft), 17, mx.int32))
-
     options = Sampling(temperature=temperature, suppress_tokens=(17,))
     commits = generate(
         target,
-        Banned(),
+        Scripted(lambda sequence, n: [17] * n),
         PROMPTS,
         eos_tokens={-1},
         max_tokens=20,
