@@ -247,8 +247,6 @@ class Pair:
                     max(request.max_tokens for request in requests),
                     num_draft,
                 )
-            if not self.batches:
-                rows = 1
             return self.engine(rows, num_draft), rows
 
         source = prompts if callable(prompts) else source_of(prompts)
@@ -279,7 +277,8 @@ class Pair:
 
     def engine(self, rows: int, num_draft: int = NUM_DRAFT) -> Engine:
         """What decodes up to so many texts at once, on this pair's caches: whatever
-        used them before is to be done."""
+        used them before is to be done. One at a time, where :attr:`batches` says so."""
+        rows = rows if self.batches else min(rows, 1)
         return Engine(self.target, self.drafter, num_draft=num_draft, rows=rows)
 
     def batch_size(self, prompt: int, answer: int, num_draft: int) -> int:
@@ -372,7 +371,7 @@ class Pair:
     ) -> Iterator[Commit]:
         request = self.request(prompt, stream=stream, **options)
         mine = self._latest = object()
-        engine = self.engine(count if self.batches else 1, num_draft)
+        engine = self.engine(count, num_draft)
         for sample in range(count):
             engine.admit(replace(request, stream=(stream, sample)))
         while engine.busy:
