@@ -185,13 +185,20 @@ def test_rules_of_their_own(families, kind, drafter, num_draft):
         )
         for place in range(18)
     ]
-    texts = []
+    texts, figures = [], []
     for rows in (1, 4, 16):
         engine = Engine(
             family.target, family.drafters[drafter], num_draft=num_draft, rows=rows
         )
-        texts.append(run(engine, requests)[0])
+        tokens, last = run(engine, requests)
+        texts.append(tokens)
+        # The draft, too, knows nothing of who was in a row before.
+        stats = {place: commit.stats for place, commit in last.items()}
+        figures.append(
+            {place: (s.rounds, s.drafted, s.accepted) for place, s in stats.items()}
+        )
     assert texts[0] == texts[1] == texts[2]
+    assert figures[0] == figures[1] == figures[2]
     assert len({tuple(text) for text in texts[0].values()}) > 10
 
 
@@ -262,6 +269,31 @@ def test_a_draft_token_that_is_poison_is_rejected(poisoned, families, max_tokens
             families["t5"].alone, None, [request.prompt], max_tokens=max_tokens
         )
         assert tokens[place] == alone[0][0]
+
+
+def test_what_is_drafted_for_nobody_harms_nobody(families):
+    """A row that goes on without a draft beside one that has it, and a drafter that
+    proposes poison where nothing is asked of it."""
+    family = families["llama"]
+    poisoned = copy(family.target)
+    poisoned.model = deepcopy(family.target.model)
+    weight = np.array(poisoned.model.model.embed_tokens.weight)
+    weight[POISON] = np.nan
+    poisoned.model.model.embed_tokens.weight = mx.array(weight)
+    poisoned.forget()
+    odd = len(PROMPTS[1]) + 2
+
+    def guess(sequence, n):
+        return [POISON if sequence == [0] or len(sequence) == odd else 7] * n
+
+    requests = [Request(PROMPTS[1], NEVER, 6), Request(PROMPTS[2], NEVER, 5)]
+    tokens, last = run(Engine(poisoned, Scripted(guess), num_draft=3, rows=2), requests)
+    for place, request in enumerate(requests):
+        alone = decode(
+            family.alone, None, [request.prompt], max_tokens=request.max_tokens
+        )
+        assert tokens[place] == alone[0][0]
+    assert last[0].stats.drafted < 3 * last[0].stats.rounds
 
 
 def test_nothing_left_to_choose_ends_one_row(families):
