@@ -197,6 +197,7 @@ class Engine:
         elif all(each.finished for each in arriving):
             self._arriving.chunks.close()
             self._arriving = None
+        self._forget_odd()
 
     def step(self) -> list[Commit]:
         """One round of every row.
@@ -223,9 +224,7 @@ class Engine:
             if outcome.finite < current.positions:
                 self._odd.add(place)
         self._free_rows()
-        if self._odd and not self._active and self._arriving is None:
-            self._target.forget()  # nobody else would know that they are there
-            self._odd.clear()
+        self._forget_odd()
         return failed + commits
 
     # Rounds.
@@ -237,6 +236,13 @@ class Engine:
         self._target.rewind([len(row.sequence) - 1 if row else 0 for row in self._rows])
         if self._odd:
             self._target.wipe(sorted(self._odd))
+            self._odd.clear()
+
+    def _forget_odd(self) -> None:
+        """Leave nothing in the caches that is not finite, when all is over: who uses
+        them next would not know."""
+        if self._odd and not self._active and self._arriving is None:
+            self._target.forget()
             self._odd.clear()
 
     def _launch(self) -> "Round | None":
@@ -304,7 +310,7 @@ class Engine:
 
     def _changes_wait(self) -> bool:
         """Whether the rows are to change before the next round but one."""
-        if self._arriving or self._queued:
+        if self._arriving or (self._queued and not self._held):
             return True
         return self._size_for(len(self._active)) < len(self._rows)
 
@@ -335,7 +341,6 @@ class Engine:
     def _start(self) -> None:
         """Begin a batch with those who wait, if there are any."""
         self._rows, self._held = [], False
-        self._odd.clear()
         mx.reset_peak_memory()
         while not self._rows and (newcomers := self._next_waiting(self._most)):
             size = self._size_for(len(newcomers))

@@ -14,7 +14,7 @@ from checkpoints.converted import CONFIG
 from console.answers import described, json_line
 from console.arguments import NAME
 from console.lines import Asked, Line, LineReader
-from console.outlet import Outlet, require_apart
+from console.outlet import Outlet
 from console.progress import Progress
 from console.rules import Rules
 from pair import Pair
@@ -58,10 +58,18 @@ class Job:
         output = arguments.output or "-"
         self._arguments = arguments
         self._reader = LineReader(arguments.input)
-        require_apart(output, arguments.input)
         self._asked = Asked(arguments.input)
         self._outlet = Outlet(output, arguments.resume)
+        try:
+            self._outlet.require_apart(self._reader.file)
+        except BaseException:
+            self.close()
+            raise
         self._said: set[str] = set()
+
+    def close(self) -> None:
+        """Leave the output to others."""
+        self._outlet.close()
 
     def run(self, pair: Pair, rules: Rules, system: Messages) -> int:
         """Answer what is to be answered; the exit status.
@@ -74,26 +82,25 @@ class Job:
         """
         self._rules, self._system = rules, system
         arguments, outlet = self._arguments, self._outlet
-        with closing(outlet):
-            outlet.read(describe(arguments, pair))
-            if outlet.unknown:
-                return self._complete()
-            for place in range(outlet.known):
-                self._skip(place)
-            outlet.begin()
-            progress = self._progress = Progress(
-                NAME, self._reader, outlet.known, outlet.failed
-            )
-            with closing(progress):
-                for answer in pair.answers(
-                    self._next_question,
-                    batch_size=arguments.batch_size,
-                    num_draft=arguments.num_draft,
-                    delta=arguments.delta,
-                    keep_special=arguments.keep_special,
-                ):
-                    self._write(answer)
-            outlet.done()
+        outlet.read(describe(arguments, pair))
+        if outlet.unrecorded:
+            return self._complete()
+        for place in range(outlet.known):
+            self._skip(place)
+        outlet.begin()
+        progress = self._progress = Progress(
+            NAME, self._reader, outlet.known, outlet.failed
+        )
+        with closing(progress):
+            for answer in pair.answers(
+                self._next_question,
+                batch_size=arguments.batch_size,
+                num_draft=arguments.num_draft,
+                delta=arguments.delta,
+                keep_special=arguments.keep_special,
+            ):
+                self._write(answer)
+        outlet.done()
         progress.finish()
         return 2 if progress.failed else 0
 
@@ -110,11 +117,9 @@ class Job:
                 count += 1
         if count != self._outlet.unknown:
             raise InputError(
-                f"{self._arguments.output} has {self._outlet.unknown:,} lines, and "
-                f"nothing beside it says that they are of a job that was interrupted: "
-                f"remove it, or name another"
+                f"nothing says that {self._arguments.output} is of a job that was "
+                f"interrupted: remove it, or name another"
             )
-        self._outlet.done()
         say(f"{self._arguments.output} has a line for each of the input: done")
         return 0
 

@@ -45,6 +45,7 @@ class LineReader:
     Attributes:
         size: bytes of the whole; None of a pipe.
         consumed: bytes of the lines that were taken.
+        file: its descriptor.
     """
 
     def __init__(self, path: str):
@@ -54,8 +55,8 @@ class LineReader:
             InputError: it cannot be read.
         """
         try:
-            self._file = 0 if path == "-" else os.open(path, os.O_RDONLY)
-            status = os.fstat(self._file)
+            self.file = 0 if path == "-" else os.open(path, os.O_RDONLY)
+            status = os.fstat(self.file)
         except OSError as error:
             raise InputError(f"cannot read {path}: {error.strerror}") from None
         if stat.S_ISDIR(status.st_mode):
@@ -89,7 +90,12 @@ class LineReader:
             if not (wait or self._regular or self._ready()):
                 return None
             try:
-                chunk = os.read(self._file, _CHUNK)
+                chunk = os.read(self.file, _CHUNK)
+            except BlockingIOError:  # as another program left it
+                if not wait:
+                    return None
+                select.select([self.file], [], [])
+                continue
             except OSError as error:
                 raise InputError(
                     f"cannot read {self._path}: {error.strerror}"
@@ -98,7 +104,7 @@ class LineReader:
             self._ended = not chunk
 
     def _ready(self) -> bool:
-        return bool(select.select([self._file], [], [], 0)[0])
+        return bool(select.select([self.file], [], [], 0)[0])
 
     def _cut(self, end: int) -> tuple[bytes, bool]:
         stop = len(self._buffer) if end < 0 else end

@@ -11,7 +11,9 @@ import hashlib
 import json
 import os
 import stat
+import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,38 +27,29 @@ _CHECKSUM = 8  # hexadecimal digits
 _ENTRY = 2 * _CHECKSUM + 2  # with a mark and a line feed
 
 
+_MARKS = {False: b" ", True: b"!"}
+
+
 def _checksum(line: bytes) -> bytes:
     return hashlib.blake2b(line, digest_size=_CHECKSUM // 2).hexdigest().encode()
 
 
 def _entry(line: bytes, answer: bytes, failed: bool) -> bytes:
-    mark = b"!" if failed else b" "
-    return _checksum(line) + _checksum(answer) + mark + b"\n"
-
-
-def require_apart(path: str, input_path: str) -> None:
-    """See to it that the input is neither the output nor its record.
-
-    Raises:
-        InputError: it is.
-    """
-    if "-" in (path, input_path):
-        return
-    for each in (Path(path), Path(f"{path}{RECORD}")):
-        if each.exists() and each.samefile(input_path):
-            raise InputError(f"{each} is the input: answers need a file of their own")
+    mark = _MARKS[failed]
+    return _checksum(line) + _checksum(answer + mark) + mark + b"\n"
 
 
 class Outlet:
     """Takes lines; each one is out, or it is not.
 
     It is opened before models are loaded, and begun with once it is known what the job
-    is: until then nothing of it is changed.
+    is: until then nothing is changed that was there.
 
     Attributes:
         known: how many answers are there already.
         failed: how many of those lines have none.
-        unknown: how many lines there are which no record tells anything of.
+        unrecorded: whether there is something which no record tells anything of,
+        unknown: and how many lines it has; None where the last one has no end.
     """
 
     def __init__(self, path: str, resume: bool):
@@ -68,13 +61,18 @@ class Outlet:
         Raises:
             InputError: it cannot be written, or somebody else writes it.
         """
-        self.known = self.failed = self.unknown = 0
+        self.known = self.failed = 0
+        self.unrecorded = False
+        self.unknown: int | None = 0
         self._path = path
+        # One file has one record, by whatever name it goes.
+        self._record_path = Path(f"{os.path.realpath(path)}{RECORD}")
         self._resume = resume
-        self._file = self._record = None
+        self._file: int | None = None
+        self._record: int | None = None
+        self._made: list[Path] = []  # files that were not there before
         self._entries = b""
-        self._end = 0  # of the lines that are known
-        self._pending: tuple[int, bytes] | None = None
+        self._places: dict[int, int] = {}  # where the next bytes go, by file
         if path == "-":
             return
         try:
@@ -82,6 +80,27 @@ class Outlet:
         except BaseException:
             self.close()
             raise
+
+    def require_apart(self, file: int) -> None:
+        """See to it that an open input is neither the output nor its record.
+
+        Raises:
+            InputError: it is.
+        """
+        ours = [self._file, self._record]
+        if self._path == "-":
+            with suppress(OSError, ValueError, AttributeError):
+                ours = [sys.stdout.fileno()]
+        theirs = os.fstat(file)
+        if not stat.S_ISREG(theirs.st_mode):
+            return
+        for each in ours:
+            if each is not None and os.path.samestat(os.fstat(each), theirs):
+                name = "standard output" if self._path == "-" else self._path
+                raise InputError(
+                    f"{name} is the input, or its record would be: answers need a file "
+                    f"of their own"
+                )
 
     def read(self, job: dict[str, Any]) -> None:
         """Find out what is there already.
@@ -101,7 +120,7 @@ class Outlet:
             begun, entries = file.readline(), file.read()
         if begun and not begun.startswith(_MAGIC[: len(begun)]):
             raise InputError(
-                f"{self._path}{RECORD} is no record of a job, which it would have to "
+                f"{self._record_path} is no record of a job, which it would have to "
                 f"be: name another output"
             )
         whole = begun.endswith(b"\n")
@@ -115,7 +134,10 @@ class Outlet:
                 )
             return
         if not whole:
+            self.unrecorded = True
             self.unknown = sum(1 for _ in _lines(self._file))
+            if os.pread(self._file, 1, size - 1) != b"\n":
+                self.unknown = None
             return
         if begun != self._header:
             difference = _difference(begun, json.loads(text))  # no tuples
@@ -124,13 +146,17 @@ class Outlet:
 
     def begin(self) -> None:
         """Go on behind what is there, or at the beginning."""
+        self._made = []
         if self._record is None:
             return
-        os.ftruncate(self._file, self._end)
-        os.lseek(self._file, 0, os.SEEK_END)
-        os.ftruncate(self._record, 0)
-        os.lseek(self._record, 0, os.SEEK_SET)
-        self._write(self._record, self._header + self._entries)
+        os.ftruncate(self._file, self._places[self._file])
+        if self.known:
+            size = len(self._header) + len(self._entries)
+            os.ftruncate(self._record, size)
+            self._places[self._record] = size
+        else:
+            os.ftruncate(self._record, 0)
+            self._write(self._record, self._header)
 
     def require_same(self, place: int, line: bytes) -> None:
         """See to it that a line, from 0 on, is the one whose answer is there already.
@@ -167,40 +193,40 @@ class Outlet:
     def done(self) -> None:
         """All is out: there is nothing to go on with."""
         if self._record is not None:
-            Path(f"{self._path}{RECORD}").unlink(missing_ok=True)
+            self._record_path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Leave it to others."""
-        if self._record is not None and not os.fstat(self._record).st_size:
-            Path(f"{self._path}{RECORD}").unlink(missing_ok=True)  # nothing was begun
+        """Leave it to others; as it was, if nothing was begun."""
+        for path in self._made:
+            path.unlink(missing_ok=True)
+        self._made = []
         for file in (self._file, self._record):
             if file is not None:
                 os.close(file)
         self._file = self._record = None
 
     def _open(self) -> None:
-        flags = os.O_RDWR | os.O_CREAT
         path = self._path
         try:
-            self._file = os.open(path, flags, 0o666)
-            if not stat.S_ISREG(os.fstat(self._file).st_mode):
+            if Path(path).exists() and not Path(path).is_file():
                 if self._resume:
                     raise InputError(f"--resume needs a file: {path} is none")
+                self._file = os.open(path, os.O_WRONLY)
                 return
-            made = not os.fstat(self._file).st_size
-            path = f"{path}{RECORD}"
+            made: list[Path] = []
+            self._file = _open(Path(path), made)
             try:
-                self._record = os.open(path, flags, 0o666)
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                if made:
-                    Path(self._path).unlink(missing_ok=True)
-                raise
+                raise InputError(f"{path} is being written by another job") from None
+            self._made = made  # nobody else's, now that it is locked
+            path = self._record_path
+            self._record = _open(path, self._made)
+            if not stat.S_ISREG(os.fstat(self._record).st_mode):
+                raise InputError(f"{path} is no file, but the job's record has to be")
         except OSError as error:
             raise InputError(f"cannot write {path}: {error.strerror}") from None
-        try:
-            fcntl.flock(self._record, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"{self._path} is being written by another job") from None
+        self._places = {self._file: 0, self._record: 0}
 
     def _find_end(self, entries: bytes) -> None:
         """What of the output the record knows."""
@@ -208,13 +234,14 @@ class Outlet:
         for line in islice(_lines(self._file), len(entries) // _ENTRY):
             start = len(marks) * _ENTRY
             entry = entries[start : start + _ENTRY]
-            if entry[_CHECKSUM : 2 * _CHECKSUM] != _checksum(line):
+            mark = entry[2 * _CHECKSUM : -1]
+            if entry[_CHECKSUM : 2 * _CHECKSUM] != _checksum(line + mark):
                 raise InputError(
                     f"{self._path} was changed since: line {len(marks) + 1} is not "
                     f"what was written; name another output"
                 )
-            marks.append(entry[2 * _CHECKSUM : -1])
-            self._end += len(line)
+            marks.append(mark)
+            self._places[self._file] += len(line)
         self.known, self.failed = len(marks), marks.count(b"!")
         self._entries = entries[: self.known * _ENTRY]
         more = sum(1 for _ in islice(_lines(self._file), self.known, None))
@@ -225,18 +252,28 @@ class Outlet:
             )
 
     def _write(self, file: int, data: bytes) -> None:
-        self._pending = file, data
+        place = self._places.get(file)
+        if place is None:  # a pipe: what was begun is not finished for who stops it
+            self._put(file, data, None)
+            return
         try:
-            self._write_pending()
+            self._put(file, data, place)
         except KeyboardInterrupt:
-            self._write_pending()
+            self._put(file, data, place)
             raise
+        finally:
+            self._places[file] = place + len(data)
 
-    def _write_pending(self) -> None:
-        file, data = self._pending
-        while data:
+    def _put(self, file: int, data: bytes, place: int | None) -> None:
+        """Write all of it, at a place where there are places."""
+        done = 0
+        while done < len(data):
+            rest = data[done:]
             try:
-                count = os.write(file, data)
+                if place is None:
+                    done += os.write(file, rest)
+                else:
+                    done += os.pwrite(file, rest, place + done)
             except BrokenPipeError:
                 raise
             except OSError as error:
@@ -244,8 +281,17 @@ class Outlet:
                 raise InputError(
                     f"cannot write {self._path}: {error.strerror}{hint}"
                 ) from None
-            data = data[count:]
-            self._pending = file, data
+
+
+def _open(path: Path, made: list[Path]) -> int:
+    """A file to read and write, which is added to ``made`` if it was not there."""
+    flags = os.O_RDWR | os.O_NONBLOCK  # a pipe would wait for somebody
+    try:
+        file = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666)
+    except FileExistsError:
+        return os.open(path, flags)
+    made.append(path)
+    return file
 
 
 def _lines(file: int) -> Iterator[bytes]:

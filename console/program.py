@@ -5,6 +5,7 @@ import system.fast_blas  # noqa: F401  (before mlx: see there)
 import sys
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import closing
 from itertools import count
 
 from answering import Generation
@@ -134,7 +135,14 @@ def main() -> int:
     if not arguments.task_defaults:
         read_sampling(read_given(arguments), arguments.num_samples)
 
-    job = Job(arguments) if arguments.input is not None else None
+    if arguments.input is None:
+        return _answer(arguments, write)
+    with closing(Job(arguments)) as job:
+        return _answer(arguments, write, job)
+
+
+def _answer(arguments: Namespace, write: Writer, job: Job | None = None) -> int:
+    """Load the models that the flags name, and answer; the exit status."""
     if fast_blas.hint:
         say(fast_blas.hint)
     if arguments.verbose:

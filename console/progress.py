@@ -94,7 +94,7 @@ class Progress:
     def _show(self) -> None:
         text = self._rates()
         spent = time.perf_counter() - self._began
-        if self._size and self._done > self._offset:
+        if self._size and self._offset < self._done <= self._size:
             left = (self._size - self._done) / (self._done - self._offset) * spent
             text += f", {self._done / self._size:.0%}, {_clock(left)} left"
         if self._terminal:

@@ -488,6 +488,26 @@ def test_not_finite_before_is_not_finite_no_more(families):
         assert tokens[place] == alone[0][0]
 
 
+def test_not_finite_and_cancelled(families):
+    """Who uses the caches next does not find it."""
+    family = families["llama"]
+    poisoned = copy(family.target)
+    poisoned.model = deepcopy(family.target.model)
+    weight = np.array(poisoned.model.model.embed_tokens.weight)
+    weight[POISON] = np.nan
+    poisoned.model.model.embed_tokens.weight = mx.array(weight)
+    poisoned.forget()
+    engine = Engine(poisoned, Scripted(lambda s, n: [POISON] * n), num_draft=20)
+    number = engine.admit(Request([4, 4, 9], NEVER, 30))
+    engine.step()
+    engine.cancel(number)
+    requests = [Request([4, 4, 9], NEVER, 9), Request([*range(20, 60)], NEVER, 9)]
+    tokens, _ = run(Engine(poisoned, None, rows=4), requests, [0, 1])
+    for place, request in enumerate(requests):
+        alone = decode(family.alone, None, [request.prompt], max_tokens=9)
+        assert tokens[place] == alone[0][0]
+
+
 def test_what_is_encoded_together_is_of_a_like_length(families, monkeypatch):
     family = families["t5"]
     seen = []

@@ -232,6 +232,7 @@ def test_line_breaks_of_an_answer(call, pair, files, monkeypatch):
         (("--input", "missing.txt"), "cannot read missing.txt"),
         (("--input", "."), "a folder"),
         (("--input", "-", "--output", "."), "cannot write .: Is a directory"),
+        (("--input", "{source}", "--output", "made"), "no model 'no-such-model'"),
         (("--input", "-", "--output", "no/such/file"), "cannot write no/such/file"),
         (("--input", "-", "--output", "x" * 253), "File name too long"),
         (("--input", "-", "--output", ""), "--output is empty"),
@@ -484,11 +485,122 @@ def test_flags_that_say_the_default(call, begun, files):
 
 def test_two_jobs_at_once(begun, files, call, pair):
     _, out = files
-    held = os.open(f"{out}{outlet.RECORD}", os.O_RDWR)
+    held = os.open(out, os.O_RDWR)
     outlet.fcntl.flock(held, outlet.fcntl.LOCK_EX)
     status, _, err = call(*begun, "--resume")
     os.close(held)
     assert (status, "another job" in err) == (2, True)
+
+
+@pytest.mark.parametrize("link", ["symlink_to", "hardlink_to"])
+def test_two_jobs_at_once_by_two_names(begun, files, call, pair, link):
+    _, out = files
+    other = out.with_name("other.txt")
+    getattr(other, link)(out)
+    held = os.open(other, os.O_RDWR)
+    outlet.fcntl.flock(held, outlet.fcntl.LOCK_EX)
+    before = out.read_bytes(), Path(f"{out}{outlet.RECORD}").read_bytes()
+    assert call(*begun, "--resume")[0] == 2
+    os.close(held)
+    assert before == (out.read_bytes(), Path(f"{out}{outlet.RECORD}").read_bytes())
+    if link == "symlink_to":  # one file has one record
+        flags = [str(other) if flag == out else flag for flag in begun]
+        assert "interrupted" in call(*flags)[2]
+        assert call(*flags, "--resume")[0] == 0
+
+
+def test_a_refused_job_leaves_the_others_record(pair, files, call):
+    """While that one loads its models it is empty."""
+    _, out = files
+    source.write_text("the cat\n")
+    first = outlet.Outlet(str(out), False)
+    flags = (*models(pair), "--input", source, "--output", out, *FLAGS)
+    assert "another job" in call(*flags)[2]
+    assert Path(f"{out}{outlet.RECORD}").exists()
+    first.close()
+    assert list(source.parent.iterdir()) == [source]
+    assert call(*flags)[0] == 0
+
+
+@pytest.mark.parametrize("way", ["input", "record", "output"])
+def test_standard_input_that_is_the_output(pair, files, way):
+    _, out = files
+    name = Path(f"{out}{outlet.RECORD}") if way == "record" else out
+    name.write_text("the cat\n")
+    command = [sys.executable, Path(main.__file__), *models(pair), "--input", "-"]
+    with name.open() as stdin, name.open("a") as stdout:
+        done = subprocess.run(
+            list(map(str, [*command, "--output", "-" if way == "output" else out])),
+            stdin=stdin,
+            stdout=stdout if way == "output" else None,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert (done.returncode, "is the input" in done.stderr) == (2, True)
+    assert name.read_text() == "the cat\n"
+    assert list(out.parent.iterdir()) == [name]
+
+
+def test_what_is_somebodys_stays(call, pair, files):
+    """Notes without a line feed, empty files, and a pipe where the record would be."""
+    source, out = files
+    source.write_text("the cat\n")
+    flags = (*models(pair), "--input", source, "--output", out, *FLAGS)
+    out.write_text("precious notes")
+    assert call(*flags, "--resume")[0] == 2
+    assert out.read_text() == "precious notes"
+    record = Path(f"{out}{outlet.RECORD}")
+    out.write_text("")
+    record.mkdir()
+    assert call(*flags)[0] == 2
+    assert out.exists()
+    record.rmdir()
+    os.mkfifo(record)
+    status, _, err = call(*flags)
+    assert (status, "is no file" in err) == (2, True)
+    assert out.exists()
+    record.unlink()
+    assert call("--model", "no-such-model", *flags[2:])[0] == 2
+    assert not record.exists()
+
+
+def test_interrupted_right_after_a_write(call, pair, files, monkeypatch):
+    """What is out is not written once more."""
+    source, out = files
+    source.write_text("\n".join(sentences(6)) + "\n")
+    flags = (*models(pair), "--input", source, "--output", out, *FLAGS)
+    call(*flags)
+    whole = out.read_bytes()
+    pwrite = os.pwrite
+    for stop in range(2, 14):
+        out.unlink()
+        count = []
+
+        def stopping(file, data, place, stop=stop, count=count):
+            done = pwrite(file, data, place)
+            count.append(done)
+            if len(count) == stop:
+                raise KeyboardInterrupt
+            return done
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwrite", stopping)
+            assert call(*flags)[0] == (130 if stop < 14 else 0)
+        assert whole.startswith(out.read_bytes())
+        assert call(*flags, "--resume")[0] == 0
+        assert out.read_bytes() == whole
+
+
+def test_a_job_that_waits_for_its_pipe(pair, files):
+    """An output that is a pipe gets what a reader who comes later reads."""
+    source, out = files
+    source.write_text("the cat\nsat\n")
+    os.mkfifo(out)
+    process = start(pair, source, out)
+    with out.open("rb") as reader:
+        assert reader.read().count(b"\n") == 2
+    assert process.wait(timeout=HANG) == 0
+    process.stderr.close()
 
 
 def test_a_pipe_that_trickles(pair, tmp_path):
