@@ -511,7 +511,7 @@ def test_two_jobs_at_once_by_two_names(begun, files, call, pair, link):
 
 def test_a_refused_job_leaves_the_others_record(pair, files, call):
     """While that one loads its models it is empty."""
-    _, out = files
+    source, out = files
     source.write_text("the cat\n")
     first = outlet.Outlet(str(out), False)
     flags = (*models(pair), "--input", source, "--output", out, *FLAGS)
