@@ -47,6 +47,10 @@ NUM_DRAFT = 5
 #: How many times as many tokens, padding included, newcomers may be encoded as.
 PADDED = 2
 
+#: Tokens of a prompt that is encoded beside no others: a layer of the encoder, which is
+#: what they would wait for, takes time by the square.
+LONGEST_BESIDE = 4096
+
 
 def generate(
     target: Session,
@@ -375,6 +379,11 @@ class Engine:
         if self._held or not few or len(free) < few:
             return None
         newcomers = self._next_waiting(len(free))
+        longest = max((len(row.request.prompt) for row in newcomers), default=0)
+        if self._target.has_encoder and longest > LONGEST_BESIDE:
+            self._waiting.extendleft(reversed(newcomers))
+            self._held = True
+            return None
         return _Arriving(newcomers, self._arrive(newcomers, free[: len(newcomers)]))
 
     def _arrive(self, newcomers: "list[Row]", places: list[int]) -> Iterator[None]:

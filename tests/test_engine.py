@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from test_decoder import NEVER, Checked, Scripted, decode
 from tiny_causal import tiny_causal
 
+import decoder
 import model
 from architectures import causal_model, causal_session, t5, t5_session
 from architectures.causal_session import CausalSession
@@ -505,6 +506,27 @@ def test_not_finite_and_cancelled(families):
     tokens, _ = run(Engine(poisoned, None, rows=4), requests, [0, 1])
     for place, request in enumerate(requests):
         alone = decode(family.alone, None, [request.prompt], max_tokens=9)
+        assert tokens[place] == alone[0][0]
+
+
+def test_what_takes_too_long_to_wait_for(families, monkeypatch):
+    """It is encoded when those that are being decoded have ended, and its text is what
+    it is alone."""
+    monkeypatch.setattr(decoder, "LONGEST_BESIDE", 20)
+    family = families["t5"]
+    prompts = [PROMPTS[0], [9, *range(4, 44)], PROMPTS[1], [*range(50, 80)]]
+    requests = [Request(prompt, NEVER, 8) for prompt in prompts]
+    engine = Engine(family.target, family.drafters["good"], num_draft=2, rows=2)
+    ended = []
+    while len(ended) < 4:
+        if not engine.busy:
+            for request in requests:
+                engine.admit(request)
+        ended += [c.id for c in engine.step() if c.finish_reason]
+    assert ended[0] == 0
+    tokens, _ = run(engine, requests)
+    for place, prompt in enumerate(prompts):
+        alone = decode(family.alone, None, [prompt], max_tokens=8)
         assert tokens[place] == alone[0][0]
 
 
