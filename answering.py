@@ -64,7 +64,7 @@ class Generation:
         tokens: committed ids, with end-of-sequence where that was produced.
         finish_reason: "eos" or "length" once finished, None before; "error" where it
             came to no end.
-        stats: the figures so far (:class:`decoder.Stats`).
+        stats: the figures so far (:class:`requests.Stats`).
         error: why it came to no end.
         tag: its :class:`Question`'s.
     """

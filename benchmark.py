@@ -234,8 +234,12 @@ def main() -> None:
         plot(rows, args.plot, about.get("simulation", about["device"]))
 
 
-def _measured(args: Namespace, swept: list[Cell], about: dict[str, Any]) -> list[Row]:
-    """The table of a pair and its prompts."""
+def _asked(args: Namespace, swept: list[Cell]) -> tuple[Any, dict[str, list[str]], int]:
+    """The pair, the prompts with their references, and the most tokens of an answer.
+
+    Raises:
+        InputError: they are odd, or there is no draft for what is swept.
+    """
     references = read_prompts(args.prompts, args.limit)
     prompts = list(references)
     sacrebleu(prompts, list(references.values()))  # if it is missing, say so now
@@ -245,6 +249,13 @@ def _measured(args: Namespace, swept: list[Cell], about: dict[str, Any]) -> list
     )
     if pair.drafter is None and any(cell.num_draft for cell in swept):
         raise InputError("there is no draft to measure: name one with --draft-model")
+    return pair, references, max_tokens
+
+
+def _measured(args: Namespace, swept: list[Cell], about: dict[str, Any]) -> list[Row]:
+    """The table of a pair and its prompts."""
+    pair, references, max_tokens = _asked(args, swept)
+    prompts = list(references)
     variants = [ours(pair, cell, max_tokens) for cell in swept]
     for name in args.baseline:
         if name == MLX_LM:
@@ -274,16 +285,11 @@ def _batched(
     args: Namespace, swept: list[Cell], about: dict[str, Any]
 ) -> list[BatchRow]:
     """The table of a pair, its prompts and batch sizes."""
-    references = read_prompts(args.prompts, args.limit)
-    prompts = list(references)
-    sacrebleu(prompts, list(references.values()))  # if it is missing, say so now
-    max_tokens = _room_for(swept, args.max_tokens or MAX_TOKENS)
-    pair = choose_pair(
-        args.model, args.draft_model, plain=False, unverified=args.unverified
-    )
     if MLX_LM in args.baseline:
         raise InputError("--baseline mlx-lm does not go with --batch-size")
     kept = [cell for cell in swept if cell.num_draft in args.num_draft]
+    pair, references, max_tokens = _asked(args, kept or swept)
+    prompts = list(references)
     variants = [
         batches.ours(pair, cell, size, max_tokens)
         for cell in kept or swept

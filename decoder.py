@@ -165,20 +165,13 @@ class Engine:
         Raises:
             InputError: its rules ask for what there is not.
         """
-        key = (
-            replace(request.sampling, seed=0, processors=()),
-            tuple(map(id, request.sampling.processors)),
-            request.delta,
-            frozenset(request.eos_tokens),
-        )
+        sampling = replace(request.sampling, seed=0)
+        ends = frozenset(request.eos_tokens)
+        plain = replace(sampling, processors=()) if sampling.processors else sampling
+        key = plain, tuple(map(id, sampling.processors)), request.delta, ends
         rules = self._rules.get(key)
         if rules is None:
-            rules = Rules(
-                self._target.vocabulary,
-                replace(request.sampling, seed=0),
-                request.delta,
-                key[-1],
-            )
+            rules = Rules(self._target.vocabulary, sampling, request.delta, ends)
             self._rules[key] = rules
         row = Row(next(self._ids), request, rules)
         self._texts[row.id] = row

@@ -158,7 +158,8 @@ class Pair:
         Args:
             prompt: a text, or a conversation: messages with "role" and "content", for
                 models with a chat template (see :func:`messages.read_prompt`).
-            max_tokens, num_draft, delta, sampling: of :func:`decoder.generate`.
+            max_tokens, delta, sampling: of :class:`requests.Request`.
+            num_draft: of :class:`decoder.Engine`.
             stream: with another number a sample of the same seed is another one.
             keep_special: show special tokens, ``<extra_id_0>`` say, in the text, but
                 not what ends or pads it.

@@ -131,7 +131,7 @@ class CausalSession:
         self._require_room(once, 0, len(prompts))
         apart = copy(self)  # the same model, caches of its own
         apart._begin(len(once))
-        yield from apart._prefill(once, 0, CHUNK)
+        yield from apart._prefill(once, 0, max(1, CHUNK // len(once)))
         return prompts, apart._caches, copy_of
 
     def put(
@@ -186,17 +186,16 @@ class CausalSession:
         self, prompts: list[list[int]], known: int, chunk: int
     ) -> Iterator[None]:
         """Feed prompts, a row each, but their last tokens and the ``known`` first; so
-        many tokens of all of them at a time, and a pause between."""
+        many tokens of each at a time, and a pause between."""
         longest = max(map(len, prompts)) - 1
         tokens = np.zeros((len(prompts), longest), np.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt) - 1] = prompt[:-1]
         self.lengths = [known] * len(prompts)
-        size = max(1, chunk // len(prompts)) if chunk < PREFILL else chunk
-        for place in range(known, longest, size):
+        for place in range(known, longest, chunk):
             if place > known:
                 yield
-            self.extend(mx.array(tokens[:, place : place + size]))
+            self.extend(mx.array(tokens[:, place : place + chunk]))
             # Not the logits: a head over every position would take the most memory.
             mx.eval([(cache.keys, cache.values) for cache in self._caches])
         self.rewind([len(prompt) - 1 for prompt in prompts])

@@ -7,7 +7,7 @@ import select
 import stat
 from typing import Any, NamedTuple
 
-from console.prompts import MARK, MOST_CHARACTERS, check_start
+from console.prompts import MARK, MOST_CHARACTERS, check_start, too_long
 from system.errors import InputError
 
 #: Bytes of a line: no character has more than four.
@@ -151,8 +151,7 @@ class Asked:
         if self.json is None and text.strip():
             self.json = self._is_json(text)
         if long or len(text) > MOST_CHARACTERS:
-            fault = f"it has over {MOST_CHARACTERS:,} characters: shorten it"
-            return Line(self._number, text, {} if self.json else None, fault)
+            return Line(self._number, text, {} if self.json else None, too_long())
         if not self.json:
             return Line(self._number, text, None, None)
         fields, fault = _read_object(text)

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 
 from console.lines import LineReader
 from speculation.requests import Stats
@@ -73,7 +74,7 @@ class Progress:
     def close(self) -> None:
         """Nothing is in place any more."""
         if self._shown:
-            sys.stderr.write("\r\x1b[K")
+            _rewrite("")
             self._shown = False
 
     def finish(self) -> None:
@@ -98,8 +99,7 @@ class Progress:
             left = (self._size - self._done) / (self._done - self._offset) * spent
             text += f", {self._done / self._size:.0%}, {_clock(left)} left"
         if self._terminal:
-            sys.stderr.write(f"\r\x1b[K{text}")
-            sys.stderr.flush()
+            _rewrite(text)
             self._shown = True
         else:
             say(text)
@@ -113,6 +113,12 @@ class Progress:
             f"{lines} in {_clock(spent)}: {self._lines / spent:.1f} lines/s, "
             f"{self._tokens / spent:.0f} tokens/s"
         )
+
+
+def _rewrite(text: str) -> None:
+    """What is in place on the terminal; lost where that takes none, as with ``say``."""
+    with suppress(OSError):
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
 
 def _clock(seconds: float) -> str:

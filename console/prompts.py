@@ -75,8 +75,13 @@ def read_line() -> tuple[str, str | None]:
     fault = None
     if more is not line:
         line = line[:80]
-        fault = f"it has over {MOST_CHARACTERS:,} characters: shorten it"
+        fault = too_long()
     return line, fault
+
+
+def too_long() -> str:
+    """Why a line with more characters than any may have cannot be answered."""
+    return f"it has over {MOST_CHARACTERS:,} characters: shorten it"
 
 
 def read_system(pair: Pair, chat: bool, text: str | None) -> Messages:

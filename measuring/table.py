@@ -14,19 +14,25 @@ def _shown(value: float | None, form: str) -> str:
 #: What a column is called, how wide it is, and what it shows of a row.
 Columns: TypeAlias = tuple[tuple[str, int, Callable[[Any], str]], ...]
 
+_SPEEDUP: Columns = (("speed-up", 8, lambda r: f"{r.speedup:.2f}"),)
+_PER_PASS: Columns = (("per pass", 8, lambda r: _shown(r.tokens_per_round, ".2f")),)
+_LAST: Columns = (
+    ("same text", 9, lambda r: _shown(r.equal, "d")),
+    ("BLEU", 5, lambda r: _shown(r.bleu, ".1f")),
+    ("MB", 6, lambda r: _shown(r.peak_memory and r.peak_memory / 1e6, ".0f")),
+)
+
 COLUMNS: Columns = (
-    ("speed-up", 8, lambda r: f"{r.speedup:.2f}"),
+    *_SPEEDUP,
     ("95 %", 11, lambda r: "" if r.low is None else f"{r.low:.2f}-{r.high:.2f}"),
     ("tokens/s", 8, lambda r: f"{r.tokens_per_second:.1f}"),
-    ("per pass", 8, lambda r: _shown(r.tokens_per_round, ".2f")),
+    *_PER_PASS,
     ("alpha", 6, lambda r: _shown(r.alpha, ".3f")),
     ("c", 5, lambda r: _shown(r.c, ".2f")),
     ("v", 5, lambda r: _shown(r.v, ".2f")),
     ("expected", 8, lambda r: _shown(r.expected, ".2f")),
     ("paper", 5, lambda r: _shown(r.paper, ".2f")),
-    ("same text", 9, lambda r: _shown(r.equal, "d")),
-    ("BLEU", 5, lambda r: _shown(r.bleu, ".1f")),
-    ("MB", 6, lambda r: _shown(r.peak_memory and r.peak_memory / 1e6, ".0f")),
+    *_LAST,
 )
 
 
@@ -42,11 +48,9 @@ BATCH_COLUMNS: Columns = (
     ("lines/s", 8, lambda r: f"{r.lines_per_second:.1f}"),
     ("range", 13, lambda r: "" if r.low is None else f"{r.low:.1f}-{r.high:.1f}"),
     ("tokens/s", 8, lambda r: f"{r.tokens_per_second:.0f}"),
-    ("speed-up", 8, lambda r: f"{r.speedup:.2f}"),
-    ("per pass", 8, lambda r: _shown(r.tokens_per_round, ".2f")),
-    ("same text", 9, lambda r: _shown(r.equal, "d")),
-    ("BLEU", 5, lambda r: _shown(r.bleu, ".1f")),
-    ("MB", 6, lambda r: _shown(r.peak_memory and r.peak_memory / 1e6, ".0f")),
+    *_SPEEDUP,
+    *_PER_PASS,
+    *_LAST,
 )
 
 BATCH_LEGEND = (

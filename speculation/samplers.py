@@ -181,8 +181,9 @@ class RoundSampler:
             )
             for rules, its in places.items()
         ]
-        self._rows = [mx.array(its) for its in places.values()]
-        self._order = mx.argsort(mx.concatenate(self._rows))
+        if len(places) > 1:
+            self._rows = [mx.array(its) for its in places.values()]
+            self._order = mx.argsort(mx.concatenate(self._rows))
 
     def draft(
         self, logits: mx.array, drafted: list[mx.array]

@@ -23,16 +23,15 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 
-import mlx.core as mx
 import numpy as np
 import torch
 import transformers
 from conftest import save_checkpoint, tiny_torch
+from scripted import Scripted
 
 import convert
 from architectures import t5
 from decoder import generate
-from speculation.acceptance import Draft
 from speculation.drafting import ModelDrafter
 from speculation.sampling import Sampling
 from speculation.session import Session
@@ -88,29 +87,11 @@ def _t5_logits(oracle, prefixes: torch.Tensor) -> torch.Tensor:
     return oracle(input_ids=inputs, decoder_input_ids=prefixes).logits[:, -1]
 
 
-class Point:
+class Point(Scripted):
     """Drafts for certain, whatever."""
 
-    positions = None
-
-    def start(self, prompts):
-        pass
-
-    def prepare(self, prompts):
-        yield from ()
-
-    def put(self, rows, prepared):
-        pass
-
-    def take(self, rows, blank=0):
-        pass
-
-    def batch_bytes(self, rows, prompt, answer):
-        return 0
-
-    def propose(self, sequences, num_draft, sampler):
-        rows = [[3 + (sum(s) + i) % 4 for i in range(num_draft)] for s in sequences]
-        return Draft(mx.array(rows, mx.int32))
+    def __init__(self):
+        super().__init__(lambda s, n: [3 + (sum(s) + i) % 4 for i in range(n)])
 
 
 def chain(

@@ -8,13 +8,13 @@ import pytest
 from conftest import VOCABULARY
 from hypothesis import given
 from hypothesis import strategies as st
+from scripted import Scripted
 
 import model
 from architectures import t5
 from architectures.t5_session import T5Session
 from decoder import generate
 from speculation import drafting
-from speculation.acceptance import Draft
 from speculation.drafting import ModelDrafter
 from speculation.lookup import LookupDrafter
 from speculation.samplers import RoundSampler, RowSampler, Rules
@@ -34,36 +34,6 @@ class Checked(T5Session):
         fed = np.array(tokens)
         assert fed.min() >= 0 and fed.max() < self.model.config.vocab_size
         return super().extend(tokens)
-
-
-class Scripted:
-    """A drafter that answers with a function of the committed tokens."""
-
-    positions = None
-
-    def __init__(self, guess, ragged=None):
-        self.guess = guess
-        self.ragged = ragged
-
-    def start(self, prompts):
-        pass
-
-    def prepare(self, prompts):
-        yield from ()
-
-    def put(self, rows, prepared):
-        pass
-
-    def take(self, rows, blank=0):
-        pass
-
-    def batch_bytes(self, rows, prompt, answer):
-        return 0
-
-    def propose(self, sequences, num_draft, sampler):
-        rows = [self.guess(sequence, num_draft) for sequence in sequences]
-        counts = self.ragged and [self.ragged(s) % (num_draft + 1) for s in sequences]
-        return Draft(mx.array(rows, mx.int32), counts=counts)
 
 
 def broken(folder) -> model.T5:

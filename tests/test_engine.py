@@ -9,7 +9,8 @@ import pytest
 from conftest import VOCABULARY
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_decoder import NEVER, Checked, Scripted, decode
+from scripted import Scripted
+from test_decoder import NEVER, Checked, decode
 from tiny_causal import tiny_causal
 
 import decoder
@@ -238,6 +239,18 @@ def poisoned(make):
     return T5Session(loaded)
 
 
+@pytest.fixture
+def poisoned_llama(families):
+    """Likewise, decoder-only: what a prompt begins with may be cached."""
+    session = copy(families["llama"].target)
+    session.model = deepcopy(session.model)
+    weight = np.array(session.model.model.embed_tokens.weight)
+    weight[POISON] = np.nan
+    session.model.model.embed_tokens.weight = mx.array(weight)
+    session.forget()
+    return session
+
+
 @pytest.mark.parametrize("num_draft", [0, 3])
 def test_a_row_that_fails_fails_alone(poisoned, families, num_draft):
     """Its neighbours go on, and who comes into its row is not touched."""
@@ -272,16 +285,10 @@ def test_a_draft_token_that_is_poison_is_rejected(poisoned, families, max_tokens
         assert tokens[place] == alone[0][0]
 
 
-def test_what_is_drafted_for_nobody_harms_nobody(families):
+def test_what_is_drafted_for_nobody_harms_nobody(families, poisoned_llama):
     """A row that goes on without a draft beside one that has it, and a drafter that
     proposes poison where nothing is asked of it."""
-    family = families["llama"]
-    poisoned = copy(family.target)
-    poisoned.model = deepcopy(family.target.model)
-    weight = np.array(poisoned.model.model.embed_tokens.weight)
-    weight[POISON] = np.nan
-    poisoned.model.model.embed_tokens.weight = mx.array(weight)
-    poisoned.forget()
+    family, poisoned = families["llama"], poisoned_llama
     odd = len(PROMPTS[1]) + 2
 
     def guess(sequence, n):
@@ -471,15 +478,9 @@ def test_an_idle_engine_after_others_used_the_session(families, kind):
     assert run(engine, requests)[0] == first
 
 
-def test_not_finite_before_is_not_finite_no_more(families):
+def test_not_finite_before_is_not_finite_no_more(families, poisoned_llama):
     """Of a decoder-only model, whose next prompt may begin as the last one did."""
-    family = families["llama"]
-    poisoned = copy(family.target)
-    poisoned.model = deepcopy(family.target.model)
-    weight = np.array(poisoned.model.model.embed_tokens.weight)
-    weight[POISON] = np.nan
-    poisoned.model.model.embed_tokens.weight = mx.array(weight)
-    poisoned.forget()
+    family, poisoned = families["llama"], poisoned_llama
     with pytest.raises(InputError, match="not finite"):
         decode(poisoned, None, [[4, 4, 4, *[POISON] * 20]])
     requests = [Request([4, 4, 9], NEVER, 9), Request([*range(20, 60)], NEVER, 9)]
@@ -489,15 +490,9 @@ def test_not_finite_before_is_not_finite_no_more(families):
         assert tokens[place] == alone[0][0]
 
 
-def test_not_finite_and_cancelled(families):
+def test_not_finite_and_cancelled(families, poisoned_llama):
     """Who uses the caches next does not find it."""
-    family = families["llama"]
-    poisoned = copy(family.target)
-    poisoned.model = deepcopy(family.target.model)
-    weight = np.array(poisoned.model.model.embed_tokens.weight)
-    weight[POISON] = np.nan
-    poisoned.model.model.embed_tokens.weight = mx.array(weight)
-    poisoned.forget()
+    family, poisoned = families["llama"], poisoned_llama
     engine = Engine(poisoned, Scripted(lambda s, n: [POISON] * n), num_draft=20)
     number = engine.admit(Request([4, 4, 9], NEVER, 30))
     engine.step()

@@ -15,7 +15,8 @@ from conftest import VOCABULARY, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from law import LENGTH, WAYS, Point, TinyPair, chi_square, distance, exact_law, sample
-from test_decoder import Scripted, check, decode
+from scripted import Scripted
+from test_decoder import check, decode
 from tiny_causal import POSITIONS, tiny_causal
 
 from architectures import causal, causal_model, causal_session

@@ -10,7 +10,7 @@ from conftest import VOCABULARY
 from hypothesis import given
 from hypothesis import strategies as st
 from law import chain
-from test_decoder import Scripted
+from scripted import Scripted
 
 from architectures import t5
 from architectures.t5_session import T5Session
