@@ -49,6 +49,7 @@ class RowSampler:
     Attributes:
         rules: of the row; rows that share them are computed together.
         last: the last committed token.
+        prompt: (S,) int32, what it answers; only where there are processors.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class RowSampler:
         self._start = len(start)
         self._length = 0
         if rules.chain:  # nobody else asks
-            self._prompt = np.array(prompt, np.int32)
+            self.prompt = np.array(prompt, np.int32)
             self._tokens = np.zeros(64 + len(start), np.int32)
             self.append(start)
 
@@ -106,10 +107,6 @@ class RowSampler:
     def before(self, last: bool) -> np.ndarray:
         """The committed tokens, with the ``last`` or without it."""
         return self._tokens[: self._length - (not last)]
-
-    @property
-    def prompt(self) -> np.ndarray:
-        return self._prompt
 
     def generated(self, length: int) -> int:
         """How many of the row's first ``length`` tokens were generated."""
