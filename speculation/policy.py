@@ -1,0 +1,362 @@
+"""How many tokens to draft: as many as pay, and none where none do.
+
+Before each round the policy is told what could be drafted, and says what is; after it,
+what became of that and how long it took. It knows neither models nor clocks: a
+simulation drives it as the engine does.
+
+A round's gain is the tokens that it is expected to commit over what it costs. Costs are
+counted in plain rounds, those of the target alone with as many rows, so that a machine
+that slows down slows both sides of a comparison.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from speculation.chances import Chances
+from speculation.costs import KNOWN, Costs
+
+#: The most tokens that are drafted where nobody says how many.
+MOST = 16
+
+#: The longest draft of the first round of its kind, and how much longer than any before
+#: one may be.
+_FIRST_SIZE, _STRIDE = 1, 2
+#: What is less than this is no gain.
+_LEAST_GAIN = 1.01
+#: Plain rounds before drafting is tried again: at first, and at most.
+_FIRST_PAUSE, _LONGEST_PAUSE = 2, 512
+#: Plain rounds that may be lost at first, what share of all besides, and how much of
+#: what was saved may be lost again.
+_FIRST_CREDIT, _CREDIT, _MOST_CREDIT = 1.5, 0.01, 4.0
+#: Giving the draft a prompt, in plain rounds, before it was timed.
+_ENTRY = 0.5
+_MOST_TOKENS = 4096
+
+
+class Prospect(NamedTuple):
+    """What may be drafted for a row.
+
+    Attributes:
+        kind: by which rules its tokens are judged: each has its own acceptance.
+        most: tokens that may be judged; 0 where nothing is drafted.
+        model: whether the draft model may be asked.
+        entered: whether the draft model has the row's prompt.
+        found: tokens that are known without it.
+        match: how many tokens agree where those were found.
+    """
+
+    kind: str
+    most: int
+    model: bool = True
+    entered: bool = True
+    found: int = 0
+    match: int = 0
+
+
+class Plan(NamedTuple):
+    """What is drafted in a round.
+
+    Attributes:
+        steps: of the draft model; 0 where it is left alone.
+        size: K, the most tokens of a row; 0 for a plain round.
+        looked_up: for each row, whether it takes what was found.
+        gain: tokens that a row is expected to get, over those of plain rounds.
+    """
+
+    steps: int
+    size: int
+    looked_up: tuple[bool, ...]
+    gain: float = 1.0
+
+
+class Fate(NamedTuple):
+    """What became of a row in a round.
+
+    Attributes:
+        kind, match: of its :class:`Prospect`; ``match`` is 0 for the model's draft.
+        drafted: tokens that were judged, or could have been.
+        taken: draft tokens that were committed.
+        tokens: all that were.
+        ended: whether its text is finished.
+    """
+
+    kind: str
+    match: int
+    drafted: int
+    taken: int
+    tokens: int
+    ended: bool = False
+
+
+class Policy(Protocol):
+    """Who decides what is drafted.
+
+    Attributes:
+        most: the most tokens of a draft.
+        drafting: whether newcomers' prompts should go to the draft model at once.
+    """
+
+    most: int
+    drafting: bool
+
+    def choose(self, batch: int, rows: Sequence[Prospect]) -> Plan:
+        """What to draft in the next round of ``batch`` rows, of which ``rows`` are
+        somebody's."""
+
+    def stays_plain(self, batch: int, rows: Sequence[Prospect]) -> bool:
+        """Whether the round after a plain one will be plain as well, whatever comes of
+        that one."""
+
+    def observe(
+        self,
+        batch: int,
+        plan: Plan,
+        fates: Iterable[Fate],
+        seconds: float,
+        entering: float = 0.0,
+        entered: int = 0,
+    ) -> None:
+        """Take in a round.
+
+        Args:
+            fates: of its rows.
+            seconds: that it took.
+            entering: seconds that it took before that to give the draft model the
+                prompts of so many rows, ``entered``.
+        """
+
+
+class Fixed:
+    """So many tokens in every round."""
+
+    def __init__(self, num_draft: int):
+        self.most = num_draft
+        self.drafting = num_draft > 0
+
+    def choose(self, batch: int, rows: Sequence[Prospect]) -> Plan:
+        """As :class:`Policy` has it."""
+        size = min(self.most, max((row.most for row in rows), default=0))
+        looked_up = tuple(row.found > 0 for row in rows)
+        asked = any(
+            row.model and row.most and not has
+            for row, has in zip(rows, looked_up, strict=True)
+        )
+        found = max((min(row.found, row.most, size) for row in rows), default=0)
+        return Plan(size if asked else 0, size if asked else found, looked_up)
+
+    def stays_plain(self, batch: int, rows: Sequence[Prospect]) -> bool:
+        """As :class:`Policy` has it."""
+        return self.most == 0
+
+    def observe(self, *_: Any, **__: Any) -> None:
+        """As :class:`Policy` has it: nothing follows from it."""
+
+
+class Auto:
+    """As many tokens as are expected to gain most, or none.
+
+    Whatever the draft is, little is lost beside plain decoding: drafting is tried in
+    small steps, and only while what all tries have cost stays a small share of all the
+    work. Lattimore and Szepesvári, "Bandit Algorithms", has the like under
+    conservative bandits.
+
+    Attributes:
+        most, drafting: of :class:`Policy`.
+        rounds: how many drafted so many tokens, at [K].
+    """
+
+    def __init__(self, most: int = MOST, *, step: float = 0.1, token: float = 0.1):
+        """
+        Args:
+            most: the most tokens of a draft.
+            step, token: of :class:`Costs`, before anything was measured.
+        """
+        self.most = most
+        self.drafting = True
+        self.rounds = [0] * (most + 1)
+        self._sizes = np.arange(most + 1)
+        self._prior = step, token
+        self._costs: dict[int, Costs] = {}
+        self._chances: dict[tuple[str, int], Chances] = {}
+        self._entering: float | None = None  # seconds: the draft takes in a prompt
+        self._tokens, self._texts = 32.0, 1.0  # that were committed, that ended
+        self._pause = _FIRST_PAUSE  # plain rounds after which drafting is tried again
+        self._quiet = 0  # those since it was
+        self._settled = False  # whether the last plain round was for want of a gain
+        self._balance = 0.0  # plain rounds that drafting has saved, lost if negative
+        self._worth = 0.0  # plain rounds that all tokens would have taken
+
+    def choose(self, batch: int, rows: Sequence[Prospect]) -> Plan:
+        """As :class:`Policy` has it."""
+        costs = self._costs_of(batch)
+        plain = Plan(0, 0, (False,) * len(rows))
+        self._settled = False
+        if costs.rounds and costs.plain_seen < min(1 + costs.rounds / 8, KNOWN):
+            return plain  # what it costs has to be known, to compare with
+        options = self._options(costs, rows)
+        gains = np.where(options.risk <= self._credit, options.gain, -math.inf)
+        model, size = np.unravel_index(gains.argmax(), gains.shape)
+        if gains[model, size] < _LEAST_GAIN:
+            self._settled = True
+            risk = np.where(gains > -math.inf, options.risk, math.inf)
+            model, size = np.unravel_index(risk.argmin(), risk.shape)
+            if risk[model, size] == math.inf or self._quiet < self._pause:
+                self.drafting = False
+                return plain
+        elif self._quiet:
+            self._quiet, self._pause = 0, _FIRST_PAUSE
+        looked_up = options.prefers[:, size].tolist() if model else options.matched
+        self.drafting = self.drafting or bool(model)
+        return Plan(
+            int(size) if model else 0,
+            int(size),
+            tuple(looked_up),
+            float(options.gain[model, size]),
+        )
+
+    def stays_plain(self, batch: int, rows: Sequence[Prospect]) -> bool:
+        """As :class:`Policy` has it."""
+        if not self._settled or self._quiet + 1 >= self._pause:
+            return False
+        if not any(row.found for row in rows):
+            return True
+        return self._options(self._costs_of(batch), rows).gain.max() < _LEAST_GAIN
+
+    def observe(
+        self,
+        batch: int,
+        plan: Plan,
+        fates: Iterable[Fate],
+        seconds: float,
+        entering: float = 0.0,
+        entered: int = 0,
+    ) -> None:
+        """As :class:`Policy` has it."""
+        fates = list(fates)
+        self.rounds[plan.size] += 1
+        costs = self._costs_of(batch)
+        costs.observe(plan.steps > 0, plan.size, seconds)
+        if entered:
+            each = entering / entered
+            known = self._entering
+            self._entering = each if known is None else known + 0.2 * (each - known)
+        drafts: dict[tuple[str, int], list[tuple[int, int]]] = {}
+        for fate in fates:
+            self._tokens += fate.tokens
+            self._texts += fate.ended
+            if fate.drafted:
+                its = drafts.setdefault((fate.kind, fate.match), [])
+                its.append((fate.drafted, fate.taken))
+        if self._tokens > _MOST_TOKENS:
+            self._tokens, self._texts = self._tokens / 2, self._texts / 2
+        for key, its in drafts.items():
+            self._chances_of(*key).observe(its)
+        worth = sum(fate.tokens for fate in fates) / max(1, len(fates))
+        self._worth += worth
+        if plan.size:
+            self._balance += worth - (seconds + entering) / costs.plain_seconds
+            self._balance = min(self._balance, _MOST_CREDIT)
+            if self._settled:  # it was a try
+                stood = any(fate.taken for fate in fates)
+                # Tries may take a hundredth of the time.
+                most = (costs.of[int(plan.steps > 0), plan.size] - 1) / _CREDIT
+                longer = min(2 * self._pause, max(_FIRST_PAUSE, most), _LONGEST_PAUSE)
+                self._quiet, self._pause = 0, _FIRST_PAUSE if stood else longer
+        elif self._settled:
+            self._quiet += 1
+
+    @property
+    def _credit(self) -> float:
+        """How many plain rounds the next draft may cost in vain."""
+        return _FIRST_CREDIT + _CREDIT * self._worth + self._balance
+
+    def _options(self, costs: Costs, rows: Sequence[Prospect]) -> "_Options":
+        """What could be drafted."""
+        most = min(self.most, max((row.most for row in rows), default=0))
+        most = min(most, costs.farthest + _STRIDE if costs.farthest else _FIRST_SIZE)
+        sizes = self._sizes[: most + 1]
+        count = len(rows)
+        gain = np.full((2, most + 1), -math.inf)
+        risk = costs.of[:, : most + 1].copy()
+        asked = [row.model and row.most > 0 for row in rows]
+        found = [min(row.found, row.most) for row in rows]
+        by_model = np.ones((count, most + 1))
+        sure = min(
+            self._chances_of(row.kind, 0 if row.model else row.match).sure
+            for row in rows
+        )
+        for place, row in enumerate(rows):
+            if asked[place]:
+                tokens = self._chances_of(row.kind, 0).tokens
+                by_model[place] = tokens[np.minimum(sizes, row.most)]
+        lacking = np.array(
+            [ask and not row.entered for ask, row in zip(asked, rows, strict=True)]
+        )
+        if any(found):
+            by_match = np.ones((count, most + 1))
+            for place, row in enumerate(rows):
+                if found[place]:
+                    tokens = self._chances_of(row.kind, row.match).tokens
+                    by_match[place] = tokens[np.minimum(sizes, found[place])]
+            longest = min(max(found), most)
+            tokens = by_match.mean(axis=0)
+            gain[0, 1 : longest + 1] = tokens[1 : longest + 1]
+            gain[0] /= costs.at_best[0, : most + 1]
+            risk[0] -= 1 + sure * (tokens - 1)
+            prefers = (np.array(found) > 0)[:, None] & (by_match >= by_model)
+            uses = np.array(asked)[:, None] & ~prefers
+            by_model = np.where(prefers, by_match, by_model)
+        else:
+            prefers = np.zeros((count, 1), bool).repeat(most + 1, axis=1)
+            uses = np.array(asked)[:, None]
+        if any(asked):
+            tokens = by_model.sum(axis=0) / count
+            cost = costs.at_best[1, : most + 1]
+            if lacking.any():
+                # To begin with a draft takes time, of which each round has a share.
+                entry = (uses & lacking[:, None]).sum(axis=0) * self._entry(costs)
+                length = max(self._tokens / self._texts, 1.0)
+                cost = cost + entry * tokens / length
+                risk[1] += entry
+            risk[1] -= 1 + sure * (tokens - 1)
+            gain[1] = np.where(uses.any(axis=0), tokens / cost, -math.inf)
+            gain[1, 0] = -math.inf
+        return _Options(gain, risk, prefers, [each > 0 for each in found])
+
+    def _entry(self, costs: Costs) -> float:
+        """What it takes to give the draft a prompt, in plain rounds."""
+        if self._entering is None or costs.plain_seconds is None:
+            return _ENTRY
+        return self._entering / costs.plain_seconds
+
+    def _costs_of(self, batch: int) -> Costs:
+        if batch not in self._costs:
+            self._costs[batch] = Costs(self.most, *self._prior)
+        return self._costs[batch]
+
+    def _chances_of(self, kind: str, match: int) -> Chances:
+        key = kind, match
+        if key not in self._chances:
+            self._chances[key] = Chances(self.most)
+        return self._chances[key]
+
+
+class _Options(NamedTuple):
+    """What could be drafted in a round: (2, most + 1) are without and with the model,
+    at [K] tokens.
+
+    Attributes:
+        gain: (2, most + 1), of :class:`Plan`; -inf for what is none.
+        risk: (2, most + 1) plain rounds that are lost if all is in vain.
+        prefers: (rows, most + 1), whether a row takes what was found for it, beside
+            rows that ask the model.
+        matched: whether it does where nobody asks it.
+    """
+
+    gain: np.ndarray
+    risk: np.ndarray
+    prefers: np.ndarray
+    matched: list[bool]
