@@ -11,7 +11,13 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import numpy as np
 
-from speculation.acceptance import Draft, Verdict, verify, verify_greedy
+from speculation.acceptance import (
+    Draft,
+    Verdict,
+    verify,
+    verify_block,
+    verify_greedy,
+)
 from speculation.processors import Prefix, Processor
 from speculation.sampling import GREEDY, Sampling, draw
 from system.errors import InputError
@@ -347,4 +353,6 @@ class _Group:
             own = mx.take_along_axis(logits[:, :size], index, axis=-1)[..., 0]
             allowed = own > -math.inf
         p = sampling.probs(logits)
+        if delta == 0 and q is not None:
+            return verify_block(p, tokens, q, counts, self.judging(size))
         return verify(p, tokens, q, counts, delta, self.judging(size), allowed)
