@@ -382,6 +382,31 @@ def test_where_it_is_the_rule(monkeypatch, temperature, delta, certain, used):
         assert verdict.accepted.tolist() == [2, 1]
 
 
+def test_what_is_drafted_behind_an_end_changes_nothing():
+    """A neighbour that is still at it has a row draft on behind its own end."""
+    rng = np.random.default_rng(0)
+    rows, size, vocabulary, end = 300, 5, 4, 2
+    logits = mx.log(mx.array(laws(rng, (rows, size + 1, vocabulary)) + 1e-3))
+    q = mx.array(laws(rng, (rows, size, vocabulary)))
+    q = (q + mx.softmax(logits[:, :size], axis=-1)) / 2
+    tokens = rng.integers(0, vocabulary, (rows, size)).astype(np.int32)
+    tokens[tokens == end] = 0
+    place = size - 3
+    tokens[:, place] = end
+    rules = Rules(vocabulary, Sampling(temperature=1.0), eos_tokens=frozenset({end}))
+    found = []
+    for most in (size, place + 1):
+        samplers = [RowSampler(rules, [0], seed=row) for row in range(rows)]
+        draft = Draft(mx.array(tokens[:, :most]), q[:, :most])
+        verdict = RoundSampler(samplers, most).judge(logits[:, : most + 1], draft)
+        accepted = np.array(verdict.accepted)
+        # Behind an end that stands nobody looks.
+        token = np.where(accepted > place, -1, np.array(verdict.next_token))
+        found.append((np.minimum(accepted, place + 1).tolist(), token.tolist()))
+    assert found[0] == found[1]
+    assert len({*found[0][0]}) == place + 2
+
+
 def residual_of_p_itself(monkeypatch):
     monkeypatch.setattr(acceptance, "residual", lambda p, q, share=1.0: p)
 
