@@ -2,7 +2,8 @@
 
 p is the target, q the draft. Shapes: B = batch, K = draft tokens, V = vocabulary.
 Leviathan, Kalman, Matias: "Fast Inference from Transformers via Speculative Decoding",
-arXiv 2211.17192.
+arXiv 2211.17192. Sun, Mendlovic, Leviathan, Aharoni, Ro, Beirami, Suresh: "Block
+Verification Accelerates Speculative Decoding", arXiv 2403.10444.
 """
 
 import math
@@ -102,8 +103,8 @@ def accept_probability(p: mx.array, q: mx.array, delta: float) -> mx.array:
     return mx.where(mx.isnan(q), 0, share)
 
 
-def residual(p: mx.array, q: mx.array) -> mx.array:
-    """The law of the token in a rejected one's place: normalize(max(p - q, 0)).
+def residual(p: mx.array, q: mx.array, share: mx.array | float = 1.0) -> mx.array:
+    """The law of the token in a rejected one's place: normalize(max(share p - q, 0)).
 
     Where nothing is left, which is where q is p up to rounding, it is p; so it is where
     q is 0, which is the token after a draft that stood as a whole.
@@ -111,8 +112,10 @@ def residual(p: mx.array, q: mx.array) -> mx.array:
     Args:
         p: (..., V) of the target.
         q: (..., V) of the draft; a row of NaN counts as 0.
+        share: (..., 1) of p, in (0, 1]: the P of :func:`block_probabilities`.
     """
-    left = mx.where(p > q, p - q, 0)
+    shared = share * p
+    left = mx.where(shared > q, shared - q, 0)
     mass = left.sum(axis=-1, keepdims=True)
     return mx.where(mass > 0, left / mx.where(mass > 0, mass, 1), p)
 
@@ -144,34 +147,148 @@ def verify(
         allowed: (B, K) bool, False for tokens that must not stand even at ``delta`` 1;
             None when all may. An id outside the vocabulary never does.
     """
-    batch, size = draft.shape
-    vocabulary = p.shape[-1]
-    # NaN, inf or only -inf among a row's logits make all its probabilities NaN.
-    finite = _from_the_left(mx.isfinite(p[..., 0]))
-    if size == 0:
-        return Verdict(mx.zeros(batch, mx.int32), draw(p[:, 0], uniform[:, 0]), finite)
-    inside = (draft >= 0) & (draft < vocabulary)
-    index = mx.where(inside, draft, 0)[..., None]
-    p_draft = mx.take_along_axis(p[:, :size], index, axis=-1)[..., 0]
-    q_draft = mx.ones_like(p_draft)
-    if q is not None:
-        q_draft = mx.take_along_axis(q, index, axis=-1)[..., 0]
+    finite = _usable(p)
+    if draft.shape[1] == 0:
+        return _undrafted(p, uniform, finite)
+    inside, p_draft, q_draft = _of_draft(p, draft, q)
     accept = uniform[:, 1:] < accept_probability(p_draft, q_draft, delta)
     accept = accept & inside if allowed is None else accept & inside & allowed
     accepted = _from_the_left(accept, counts)
+    next_token = draw(_next_law(p, draft, q, counts, accepted), uniform[:, 0])
+    return Verdict(accepted, next_token, finite)
 
+
+def block_probabilities(
+    p: mx.array, draft: mx.array, q: mx.array, counts: mx.array | None
+) -> tuple[mx.array, mx.array]:
+    """What :func:`verify_block` decides by: h and P of section 4 of that paper.
+
+    P_0 = 1 and P_i = min(1, P_{i-1} p(X_i) / q(X_i)), each given the tokens before it,
+    is how much of the target's law the first i tokens may carry. h_i is for stopping
+    behind the i-th where those after it have failed, so that with them P_i comes out:
+    S_i / (S_i + 1 - P_i) with S_i = sum max(P_i p - q, 0), and P itself at the last.
+
+    A token that is not in the vocabulary, that has no p or that cannot be of q (0, NaN)
+    ends it: from there on P is 0. The one before a q of NaN is the last.
+
+    Args:
+        p, draft, q, counts: as in :func:`verify_block`, with K > 0.
+
+    Returns:
+        h (B, K) from h_1 on, 0 for tokens that are not real, and P (B, K + 1).
+    """
+    size = draft.shape[1]
+    inside, p_draft, q_draft = _of_draft(p, draft, q)
+    sound = inside & (p_draft > 0) & (q_draft > 0)  # NaN is not
+    p_draft, q_draft = mx.where(sound, p_draft, 0), mx.where(sound, q_draft, 1)
+    shares = [mx.ones_like(p_draft[:, 0])]
+    for place in range(size):
+        share = shares[-1] * p_draft[:, place] / q_draft[:, place]
+        shares.append(mx.minimum(share, 1))
+    share = mx.stack(shares, axis=1)
+
+    h = share[:, 1:]
+    if size > 1:
+        within = share[:, 1:-1]
+        left = within[..., None] * p[:, 1:size] - q[:, 1:]
+        left = mx.maximum(left, 0).sum(axis=-1)  # NaN if p or q is
+        total = left + (1 - within)
+        # Where total is 0, q is p up to rounding, and P is 1.
+        stop = mx.where(total > 0, left / mx.where(total > 0, total, 1), within)
+        if counts is not None:
+            stop = mx.where(mx.arange(1, size) < counts[:, None], stop, within)
+        h = mx.concatenate([stop, h[:, -1:]], axis=1)
+    if counts is not None:
+        h = mx.where(mx.arange(size) < counts[:, None], h, 0)
+    return h, share
+
+
+def verify_block(
+    p: mx.array,
+    draft: mx.array,
+    q: mx.array,
+    counts: mx.array | None,
+    uniform: mx.array,
+) -> Verdict:
+    """As :func:`verify` at ``delta`` 0, but the draft tokens are judged together.
+
+    The text keeps the target's law, and no rule that does so by the draft alone has
+    more tokens stand on average (section 4 of that paper): :func:`verify` has not. A
+    token that is improbable by itself may stand where those around it make up for it:
+    what stands are the first tokens up to the last i with ``uniform`` below h_i.
+
+    Which ones do depends on how many were drafted. The law does not.
+
+    Args:
+        p: (B, K + 1, V) of the target; those at k are for draft token k.
+        draft: (B, K) int32.
+        q: (B, K, V) that the draft tokens were drawn from.
+        counts: (B,) int32, how many of the K are real; None when all are.
+        uniform: (B, K + 1) as in :func:`verify`.
+    """
+    size = draft.shape[1]
+    finite = _usable(p)
+    if size == 0:
+        return _undrafted(p, uniform, finite)
+    h, share = block_probabilities(p, draft, q, counts)
+    reached = mx.where(uniform[:, 1:] < h, mx.arange(1, size + 1), 0)
+    accepted = reached.max(axis=1).astype(mx.int32)
+    law = _next_law(p, draft, q, counts, accepted, share)
+    return Verdict(accepted, draw(law, uniform[:, 0]), finite)
+
+
+def _usable(p: mx.array) -> mx.array:
+    """``finite`` of a verdict on p (B, K + 1, V)."""
+    # NaN, inf or only -inf among a row's logits make all its probabilities NaN.
+    return _from_the_left(mx.isfinite(p[..., 0]))
+
+
+def _undrafted(p: mx.array, uniform: mx.array, finite: mx.array) -> Verdict:
+    """The verdict where nothing was drafted."""
+    none = mx.zeros(p.shape[0], mx.int32)
+    return Verdict(none, draw(p[:, 0], uniform[:, 0]), finite)
+
+
+def _of_draft(
+    p: mx.array, draft: mx.array, q: mx.array | None
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Which draft tokens are in the vocabulary, and their p and q; (B, K) each."""
+    inside = (draft >= 0) & (draft < p.shape[-1])
+    index = mx.where(inside, draft, 0)[..., None]
+    p_draft = mx.take_along_axis(p[:, : draft.shape[1]], index, axis=-1)[..., 0]
+    if q is None:
+        return inside, p_draft, mx.ones_like(p_draft)
+    return inside, p_draft, mx.take_along_axis(q, index, axis=-1)[..., 0]
+
+
+def _next_law(
+    p: mx.array,
+    draft: mx.array,
+    q: mx.array | None,
+    counts: mx.array | None,
+    accepted: mx.array,
+    share: mx.array | None = None,
+) -> mx.array:
+    """The law (B, V) of the target's own token, after those ``accepted`` (B,).
+
+    Args:
+        share: (B, K + 1), P; None where it is 1.
+    """
     # Only the first rejection's place matters. Beyond the draft's last token q is 0,
     # and so the residual is p itself.
+    size = draft.shape[1]
     place = mx.minimum(accepted, size - 1)[:, None]
-    rejected = accepted < (size if counts is None else counts)
+    rejected = (accepted < (size if counts is None else counts))[:, None]
     if q is not None:
         q_there = mx.take_along_axis(q, place[..., None], axis=1)[:, 0]
     else:
-        q_there = mx.arange(vocabulary) == mx.take_along_axis(draft, place, axis=1)
-    q_there = mx.where(rejected[:, None], q_there, 0.0)
+        q_there = mx.arange(p.shape[-1]) == mx.take_along_axis(draft, place, axis=1)
+    q_there = mx.where(rejected, q_there, 0.0)
     p_there = mx.take_along_axis(p, accepted[:, None, None], axis=1)[:, 0]
-    next_token = draw(residual(p_there, q_there), uniform[:, 0])
-    return Verdict(accepted, next_token, finite)
+    if share is None:
+        return residual(p_there, q_there)
+    its = mx.take_along_axis(share, accepted[:, None], axis=1)
+    return residual(p_there, q_there, mx.where(rejected, its, 1))
 
 
 def _from_the_left(fine: mx.array, counts: mx.array | None = None) -> mx.array:

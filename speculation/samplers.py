@@ -11,7 +11,13 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import numpy as np
 
-from speculation.acceptance import Draft, Verdict, verify, verify_greedy
+from speculation.acceptance import (
+    Draft,
+    Verdict,
+    verify,
+    verify_block,
+    verify_greedy,
+)
 from speculation.processors import Prefix, Processor
 from speculation.sampling import GREEDY, Sampling, draw
 from system.errors import InputError
@@ -24,7 +30,8 @@ class Rules:
     Attributes:
         vocabulary: V of the target; a draft's logits are cut or padded to it.
         sampling: the seed aside, which is a row's own.
-        delta: of :func:`acceptance.verify_greedy` and :func:`acceptance.verify`.
+        delta: of :func:`acceptance.verify_greedy` and :func:`acceptance.verify`; at 0
+            :func:`acceptance.verify_block` judges what was sampled by both.
         eos_tokens: what ends a row, also for the processors that spare or ban it.
         chain: the processors, in order.
 
@@ -347,4 +354,21 @@ class _Group:
             own = mx.take_along_axis(logits[:, :size], index, axis=-1)[..., 0]
             allowed = own > -math.inf
         p = sampling.probs(logits)
+        if delta == 0 and q is not None:
+            counts = self._up_to_end(tokens, counts)
+            return verify_block(p, tokens, q, counts, self.judging(size))
         return verify(p, tokens, q, counts, delta, self.judging(size), allowed)
+
+    def _up_to_end(self, tokens: mx.array, counts: mx.array | None) -> mx.array | None:
+        """``counts`` without what is behind a draft's first end of the sequence.
+
+        How much that is depends on the neighbours, which may still be at it, and
+        tokens that are judged together depend on how many they are.
+        """
+        if not self._rules.eos_tokens:
+            return counts
+        ends = mx.array(sorted(self._rules.eos_tokens))
+        is_end = (tokens[..., None] == ends).any(axis=-1).astype(mx.int32)
+        ended = mx.cumsum(is_end, axis=1, inclusive=False)
+        real = (ended == 0).astype(mx.int32).sum(axis=1)
+        return real if counts is None else mx.minimum(real, counts)

@@ -194,8 +194,12 @@ def sample(
     samples: int,
     batch: int = BATCH,
     delta: float = 0.0,
+    most: int | None = None,
 ) -> tuple[Counter, int, int]:
     """Sample texts in batches of copies.
+
+    Args:
+        most: tokens to a text; None for so many that no draft is cut short.
 
     Returns:
         How often each beginning was sampled; draft tokens accepted, and judged.
@@ -211,7 +215,7 @@ def sample(
             drafter,
             [PROMPT] * len(texts),
             eos_tokens={END},
-            max_tokens=LENGTH + num_draft,  # no draft is cut short
+            max_tokens=most or LENGTH + num_draft,
             num_draft=num_draft,
             delta=delta,
             sampling=sampling,

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from law import (
     END,
+    LENGTH,
     PROMPT,
     WAYS,
     Point,
@@ -58,6 +59,13 @@ def test_law_is_the_targets(pair, way, kind, num_draft):
     assert p_value(pair, way, kind, num_draft) > LEAST
 
 
+def test_law_of_drafts_that_a_budget_cuts_short(pair):
+    """How many tokens are judged together differs from round to round."""
+    options = replace(WAYS["temperature 1"], seed=1)
+    seen, _, _ = sample(pair, pair.drafter, options, 3, SAMPLES, most=LENGTH)
+    assert chi_square(seen, exact_law(pair, options)) > LEAST
+
+
 def test_plain_sampling(pair):
     """The target alone, whose next round is begun before this one has been read."""
     options = WAYS["no bigram twice"]
@@ -66,7 +74,30 @@ def test_plain_sampling(pair):
 
 
 def no_residual(monkeypatch):
-    monkeypatch.setattr(acceptance, "residual", lambda p, q: p)
+    monkeypatch.setattr(acceptance, "residual", lambda p, q, share=1.0: p)
+
+
+def token_by_token(monkeypatch):
+    """Each draft token judged by itself, and yet the last that stands is looked for."""
+    right = acceptance.block_probabilities
+
+    def wrong(p, draft, q, counts):
+        _, share = right(p, draft, q, counts)
+        _, own, its = acceptance._of_draft(p, draft, q)
+        return acceptance.accept_probability(own, its, 0.0), mx.ones_like(share)
+
+    monkeypatch.setattr(acceptance, "block_probabilities", wrong)
+
+
+def stops_by_p(monkeypatch):
+    """With P behind every token, as behind the last."""
+    right = acceptance.block_probabilities
+
+    def wrong(*args):
+        _, share = right(*args)
+        return share[:, 1:], share
+
+    monkeypatch.setattr(acceptance, "block_probabilities", wrong)
 
 
 def same_numbers_for_drafting_and_judging(monkeypatch):
@@ -79,17 +110,17 @@ def same_numbers_for_drafting_and_judging(monkeypatch):
 
 def bonus_from_the_last_residual(monkeypatch):
     """As if the draft's last token had been rejected, when all have stood."""
-    verify = acceptance.verify
+    verify_block = acceptance.verify_block
 
-    def broken(p, draft, q, counts, delta, uniform, allowed=None):
+    def broken(p, draft, q, counts, uniform):
         q = mx.pad(q, [(0, 0), (0, 1), (0, 0)], constant_values=0)
         q[:, -1] = q[:, -2]
         draft = mx.pad(draft, [(0, 0), (0, 1)], constant_values=-1)  # rejected
         p = mx.concatenate([p, p[:, -1:]], axis=1)
         uniform = mx.pad(uniform, [(0, 0), (0, 1)], constant_values=1)
-        return verify(p, draft, q, None, delta, uniform, allowed)
+        return verify_block(p, draft, q, None, uniform)
 
-    monkeypatch.setattr(samplers, "verify", broken)
+    monkeypatch.setattr(samplers, "verify_block", broken)
 
 
 def unfiltered_q(monkeypatch):
@@ -107,6 +138,8 @@ def unfiltered_q(monkeypatch):
     "way, num_draft, breakage",
     [
         ("temperature 1", 3, no_residual),
+        ("temperature 1", 3, token_by_token),
+        ("temperature 1", 3, stops_by_p),
         ("temperature 1", 3, same_numbers_for_drafting_and_judging),
         ("temperature 1", 1, bonus_from_the_last_residual),
         ("top-k 5, top-p 0.8", 3, unfiltered_q),
