@@ -18,6 +18,7 @@ import main
 from console import job, lines, outlet, prompts
 from console.lines import Asked, LineReader
 from pair import Pair
+from speculation.sampling import COUPLINGS
 from system.errors import InputError
 
 WORDS = ["the", "cat", "sat", "on", "a", "b", "c", "e", "t", "s"]
@@ -81,7 +82,8 @@ def test_to_standard_output(call, pair, files):
 
 
 @pytest.mark.parametrize("drafted", [0, 2])
-def test_sampled_lines_have_streams_of_their_own(call, pair, files, drafted):
+@pytest.mark.parametrize("coupling", COUPLINGS)
+def test_sampled_lines_have_streams_of_their_own(call, pair, files, coupling, drafted):
     """The same text whatever the batch size, and another where the line is another."""
     source, out = files
     source.write_text("the cat sat\n" * 12)
@@ -90,7 +92,8 @@ def test_sampled_lines_have_streams_of_their_own(call, pair, files, drafted):
         call(
             *models(pair),
             *("--input", source, "--output", out, "--batch-size", size),
-            *("--temperature", 1, "--seed", 5, "--num-draft", drafted, *FLAGS),
+            *("--temperature", 1, "--seed", 5, "--coupling", coupling),
+            *("--num-draft", drafted, *FLAGS),
         )
         texts.append(out.read_text())
     assert texts[0] == texts[1] == texts[2]
