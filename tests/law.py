@@ -10,8 +10,6 @@ be computed: by transformers' model, processors and warpers, not by ours.
 import sys
 from pathlib import Path
 
-from architectures.t5_session import T5Session
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
@@ -31,6 +29,7 @@ from scripted import Scripted
 
 import convert
 from architectures import t5
+from architectures.t5_session import T5Session
 from decoder import generate
 from speculation.drafting import ModelDrafter
 from speculation.sampling import COUPLINGS, Sampling
