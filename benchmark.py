@@ -44,6 +44,7 @@ from measuring.table import BATCH_COLUMNS, BATCH_LEGEND, COLUMNS, LEGEND, table
 from measuring.timing import measure
 from measuring.variants import Cell, ours, simulated, theirs
 from speculation.requests import MAX_TOKENS, check_options
+from speculation.sampling import COUPLINGS
 from system.errors import InputError, Parser, run, say
 
 PROMPTS = Path(__file__).resolve().parent / "demo" / "test.tsv"
@@ -128,6 +129,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
     add("--num-draft", type=sweep, default=sweep("1..8"), metavar="0..8|2,4")
     add("--delta", type=numbers, default=[0.0], metavar="0,0.5")
     add("--temperature", type=numbers, default=[0.0], metavar="0,1")
+    add("--coupling", choices=COUPLINGS, help="as in main.py")
     add(
         "--max-tokens",
         type=positive,
@@ -197,14 +199,14 @@ def cells(args: Namespace) -> list[Cell]:
         check_options(1, 0, value)
     found: dict[Cell, None] = {}
     for temperature in args.temperature:
-        found[Cell(0, 0.0, temperature)] = None
+        found[Cell(0, 0.0, temperature, args.coupling)] = None
         for delta, count in product(args.delta, args.num_draft):
             if count:
-                found[Cell(count, delta, temperature)] = None
-    if set(args.baseline) - {MLX_LM} and Cell(0) not in found:
+                found[Cell(count, delta, temperature, args.coupling)] = None
+    if set(args.baseline) - {MLX_LM} and 0 not in args.temperature:
         raise InputError("the baselines decode greedily: add a --temperature of 0")
     for cell in found:
-        _ = cell.sampling  # raises for what is no temperature
+        cell.sampling.coupling_at(cell.delta)  # raises for what cannot be
     return list(found)
 
 

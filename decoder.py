@@ -87,10 +87,12 @@ def generate(
 class Engine:
     """One target, maybe a drafter, and a batch whose rows come and go.
 
-    A text depends on its request and on ``num_draft``, not on the texts beside it. Only
-    where one of those reaches the model's last position, the others have shorter drafts
-    meanwhile: what is sampled has other random numbers then, and with a ``delta`` above
-    0 another draft token may stand.
+    A text depends on its request, not on the texts beside it; where it is greedy or
+    sampled with shared noise, and ``delta`` is 0, on nothing else. Otherwise on the
+    draft and on ``num_draft`` as well; and where another text reaches the model's last
+    position, the others have shorter drafts meanwhile: what is sampled by the residual
+    rule has other random numbers then, and with a ``delta`` above 0 another draft token
+    may stand.
 
     What :meth:`step` raises (Ctrl-C, a processor's error) leaves an engine that is of
     no more use; what concerns one text comes as its last commit.
@@ -165,7 +167,9 @@ class Engine:
         Raises:
             InputError: its rules ask for what there is not.
         """
-        sampling = replace(request.sampling, seed=0)
+        # Rows with other seeds share rules: what a seed decides is decided here.
+        coupling = request.sampling.coupling_at(request.delta)
+        sampling = replace(request.sampling, seed=None, coupling=coupling)
         ends = frozenset(request.eos_tokens)
         plain = replace(sampling, processors=()) if sampling.processors else sampling
         key = plain, tuple(map(id, sampling.processors)), request.delta, ends

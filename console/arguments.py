@@ -8,7 +8,7 @@ from console.choosing import NO_DRAFT
 from decoder import NUM_DRAFT
 from pair import LOOKUP, MOST_ROWS
 from speculation.requests import DELTA, MAX_TOKENS
-from speculation.sampling import GREEDY
+from speculation.sampling import COUPLINGS, GREEDY, RESIDUAL, SHARED
 from system.errors import InputError, Parser
 
 NAME = "main.py"
@@ -170,7 +170,21 @@ def _add_sampling(add: Callable[..., Any]) -> None:
     option(
         "min-p", float, "P", "leave out tokens below P times the best one's probability"
     )
-    option("seed", int, "S", "the same seed gives the same text (default: {})")
+    option(
+        "seed",
+        int,
+        "S",
+        "the same seed gives the same text, with any draft and --num-draft; with a "
+        f"--delta above 0, or --coupling {RESIDUAL}, at the same ones alone",
+    )
+    add(
+        "--coupling",
+        choices=COUPLINGS,
+        help=f"{SHARED}: draft and target choose with the same random numbers, and the "
+        f"text is what the target samples alone; {RESIDUAL}: each draws for itself, "
+        f"and a little more of the draft stands (default: {SHARED} with --seed and a "
+        f"--delta of 0, else {RESIDUAL})",
+    )
     add(
         "--num-samples",
         type=int,

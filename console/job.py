@@ -19,7 +19,7 @@ from console.progress import Progress
 from console.rules import Rules
 from pair import Pair
 from speculation.requests import MAX_TOKENS
-from speculation.sampling import GREEDY
+from speculation.sampling import GREEDY, SHARED, Sampling
 from system.errors import InputError, PromptError, say
 from text.messages import Messages
 
@@ -27,7 +27,7 @@ from text.messages import Messages
 _OTHERS = {
     *("model", "draft_model", "input", "output", "batch_size", "resume", "verbose"),
     *("prompt", "interactive", "compare", "color", "separator", "keep_turns"),
-    *("num_samples", "unverified"),
+    *("num_samples", "unverified", "coupling"),
 }
 
 #: What weights are stored as.
@@ -211,10 +211,22 @@ def describe(arguments: Namespace, pair: Pair) -> dict[str, Any]:
             if name == "max_tokens" and not arguments.task_defaults:
                 default = MAX_TOKENS
             job[name.replace("_", "-")] = default if value is None else value
+    job["seed"] = arguments.seed or 0
+    if _coupling(arguments) == SHARED:
+        job["coupling"] = SHARED
     plain = arguments.regular_decode or not arguments.num_draft or not pair.drafter
     job["model"] = _identity(pair.folder)
     job["draft-model"] = None if plain else _identity(pair.draft_folder)
     return job
+
+
+def _coupling(arguments: Namespace) -> str | None:
+    """What :meth:`Sampling.coupling_at` says of the job's texts."""
+    temperature = arguments.temperature
+    if temperature is None:  # the model's files may ask for sampling
+        temperature = 1.0 if arguments.task_defaults else GREEDY.temperature
+    sampling = Sampling(temperature, seed=arguments.seed, coupling=arguments.coupling)
+    return sampling.coupling_at(arguments.delta)
 
 
 def _identity(folder: Path | None) -> str:

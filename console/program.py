@@ -133,7 +133,7 @@ def main() -> int:
     check_options(most, arguments.num_draft, arguments.delta)
     # What the files ask for is known later, and may make these go together.
     if not arguments.task_defaults:
-        read_sampling(read_given(arguments), arguments.num_samples)
+        read_sampling(read_given(arguments), arguments.num_samples, arguments.delta)
 
     if arguments.input is None:
         return _answer(arguments, write)

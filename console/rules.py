@@ -25,7 +25,9 @@ def read_given(arguments: Namespace) -> dict[str, Any]:
     return given
 
 
-def read_sampling(options: Mapping[str, Any], num_samples: int) -> Sampling:
+def read_sampling(
+    options: Mapping[str, Any], num_samples: int, delta: float
+) -> Sampling:
     """How tokens are chosen.
 
     Raises:
@@ -40,6 +42,7 @@ def read_sampling(options: Mapping[str, Any], num_samples: int) -> Sampling:
         raise InputError(
             "at temperature 0 all samples are the same: give a --temperature above 0"
         )
+    sampling.coupling_at(delta)  # raises where they do not go together
     return sampling
 
 
@@ -51,6 +54,7 @@ class Rules:
         self._pair = pair
         self._applied = arguments.task_defaults
         self._num_samples = arguments.num_samples
+        self._delta = arguments.delta
         self._given = read_given(arguments)
         self._said: set[str] = set()
         if arguments.bad_words:
@@ -77,7 +81,7 @@ class Rules:
                 options |= asked.options
                 options["max_tokens"] = asked.max_tokens or MAX_TOKENS
         options |= self._given
-        sampling = read_sampling(options, self._num_samples)
+        sampling = read_sampling(options, self._num_samples, self._delta)
         # Of no prompt in particular: said before one is answered.
         sampling.chain(self._pair.target.vocabulary, self._pair.eos_tokens)
         return sampling, options["max_tokens"]

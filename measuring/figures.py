@@ -6,7 +6,7 @@ from itertools import zip_longest
 import numpy as np
 
 from measuring.timing import Cost, step_cost
-from measuring.variants import Answer, Cell, Variant
+from measuring.variants import Answer, Variant
 from speculation.drafting import Drafter
 from speculation.session import Session
 from system.errors import InputError
@@ -116,7 +116,7 @@ def summarise(
         high=high,
         bleu=sacrebleu([answer.text for answer in answers], references),
     )
-    if not variant.temperature:
+    if cell.compared if cell else not variant.temperature:
         same = [a.tokens == b.tokens for a, b in zip(answers, plain, strict=True)]
         row = replace(row, equal=sum(same))
     stats = [answer.stats for answer in answers if answer.stats]
@@ -155,7 +155,7 @@ def rows_of(
 ) -> list[Row]:
     """The table's rows; what a round's steps cost is measured for each cell."""
     plain = {
-        variant.cell: its
+        variant.temperature: its
         for variant, its in zip(variants, answers, strict=True)
         if variant.cell and not variant.cell.num_draft
     }
@@ -164,6 +164,6 @@ def rows_of(
         cost = None
         if variant.cell and variant.cell.num_draft:
             cost = step_cost(target, drafter, ids, variant.cell)
-        base = plain[Cell(0, 0.0, variant.temperature)]
+        base = plain[variant.temperature]
         rows.append(summarise(variant, its, base, references[: len(its)], cost))
     return rows

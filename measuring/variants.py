@@ -8,20 +8,28 @@ from measuring import baselines
 from measuring.simulation import SimulatedPair
 from pair import Pair
 from speculation.requests import Stats
-from speculation.sampling import Sampling
+from speculation.sampling import SHARED, Sampling
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What is swept: draft tokens per round, delta, temperature."""
+    """What is swept (draft tokens per round, delta, temperature), and what is not: the
+    coupling of :class:`Sampling`."""
 
     num_draft: int
     delta: float = 0.0
     temperature: float = 0.0
+    coupling: str | None = None
 
     @property
     def sampling(self) -> Sampling:
-        return Sampling(temperature=self.temperature)
+        return Sampling(temperature=self.temperature, coupling=self.coupling)
+
+    @property
+    def compared(self) -> bool:
+        """Whether its text is compared with that of the target alone, which has the
+        same random numbers, if any."""
+        return not self.temperature or (self.sampling.coupling_at(self.delta) == SHARED)
 
     def __str__(self) -> str:
         name = f"num-draft {self.num_draft}"

@@ -3,7 +3,9 @@
 p is the target, q the draft. Shapes: B = batch, K = draft tokens, V = vocabulary.
 Leviathan, Kalman, Matias: "Fast Inference from Transformers via Speculative Decoding",
 arXiv 2211.17192. Sun, Mendlovic, Leviathan, Aharoni, Ro, Beirami, Suresh: "Block
-Verification Accelerates Speculative Decoding", arXiv 2403.10444.
+Verification Accelerates Speculative Decoding", arXiv 2403.10444. Daliri, Musco, Suresh:
+"Coupling without Communication and Drafter-Invariant Speculative Decoding", arXiv
+2408.07978.
 """
 
 import math
@@ -22,7 +24,7 @@ class Draft:
     Attributes:
         tokens: (B, K) int32, right-padded.
         probs: (B, K, V) float32, the q that each token was drawn from; None when each
-            was certain: greedy drafts, looked up ones.
+            was certain (greedy drafts, looked up ones) or q does not matter.
         counts: how many of the K are real, row by row; None when all are.
     """
 
@@ -47,6 +49,20 @@ class Verdict(NamedTuple):
     finite: mx.array
 
 
+def verify_chosen(
+    chosen: mx.array, draft: mx.array, counts: mx.array | None, finite: mx.array
+) -> Verdict:
+    """Accept the draft tokens that are what the target chooses itself.
+
+    Args:
+        chosen: (B, K + 1) int32, its tokens; that at k is for draft token k.
+        draft: (B, K) int32, any ids.
+        counts: (B,) int32, how many of the K are real; None when all are.
+        finite: (B, K + 1) bool, whether a position has usable logits.
+    """
+    return _keep(draft == chosen[:, :-1], chosen, counts, finite)
+
+
 def verify_greedy(
     logits: mx.array, draft: mx.array, counts: mx.array | None, delta: float
 ) -> Verdict:
@@ -65,22 +81,17 @@ def verify_greedy(
     """
     best = mx.argmax(logits, axis=-1).astype(mx.int32)
     highest = logits.max(axis=-1)  # NaN wherever there is one; argmax may pass it over
-    finite = _from_the_left(mx.isfinite(highest))
+    finite = mx.isfinite(highest)
     size = draft.shape[1]
-    if size == 0:
-        return Verdict(mx.zeros(best.shape[0], mx.int32), best[:, 0], finite)
-
-    accept = draft == best[:, :size]
-    if delta > 0:
-        inside = (draft >= 0) & (draft < logits.shape[-1])
-        index = mx.where(inside, draft, 0)[..., None]
-        own = mx.take_along_axis(logits[:, :size], index, axis=-1)[..., 0]
-        least = -math.inf if delta == 1 else math.log1p(-delta)
-        near = own.astype(mx.float32) >= highest[:, :size].astype(mx.float32) + least
-        accept = accept | (near & inside & mx.isfinite(own))
-    accepted = _from_the_left(accept, counts)
-    next_token = mx.take_along_axis(best, accepted[:, None], axis=1)[:, 0]
-    return Verdict(accepted, next_token, finite)
+    if delta == 0 or size == 0:
+        return verify_chosen(best, draft, counts, finite)
+    inside = (draft >= 0) & (draft < logits.shape[-1])
+    index = mx.where(inside, draft, 0)[..., None]
+    own = mx.take_along_axis(logits[:, :size], index, axis=-1)[..., 0]
+    least = -math.inf if delta == 1 else math.log1p(-delta)
+    near = own.astype(mx.float32) >= highest[:, :size].astype(mx.float32) + least
+    near = near & inside & mx.isfinite(own)
+    return _keep((draft == best[:, :size]) | near, best, counts, finite)
 
 
 def accept_probability(p: mx.array, q: mx.array, delta: float) -> mx.array:
@@ -289,6 +300,18 @@ def _next_law(
         return residual(p_there, q_there)
     its = mx.take_along_axis(share, accepted[:, None], axis=1)
     return residual(p_there, q_there, mx.where(rejected, its, 1))
+
+
+def _keep(
+    accept: mx.array, chosen: mx.array, counts: mx.array | None, finite: mx.array
+) -> Verdict:
+    """What stands of a draft, and after it the target's choice there."""
+    finite = _from_the_left(finite)
+    if accept.shape[1] == 0:
+        return Verdict(mx.zeros(len(chosen), mx.int32), chosen[:, 0], finite)
+    accepted = _from_the_left(accept, counts)
+    next_token = mx.take_along_axis(chosen, accepted[:, None], axis=1)[:, 0]
+    return Verdict(accepted, next_token, finite)
 
 
 def _from_the_left(fine: mx.array, counts: mx.array | None = None) -> mx.array:

@@ -111,7 +111,8 @@ class Request:
             end, the target goes on alone.
         delta: how far the text may leave the target's, see
             :func:`acceptance.verify_greedy` and :func:`acceptance.verify`; at 0 it is
-            the target's own, token for token or, sampled, in distribution.
+            the target's own, token for token or, sampled by the residual rule, in
+            distribution.
         sampling: how tokens are chosen, by both models.
         stream: what tells its random numbers from those of others, beside the seed.
 
@@ -128,6 +129,7 @@ class Request:
 
     def __post_init__(self) -> None:
         check_options(self.max_tokens, 0, self.delta)
+        self.sampling.coupling_at(self.delta)  # raises where they do not go together
         if not all(isinstance(n, int) and n >= 0 for n in self.stream):
             raise InputError(
                 f"stream is {self.stream}: it has to be integers from 0 on"

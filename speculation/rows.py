@@ -46,7 +46,7 @@ class Row:
         # The last token of a budget is the target's own, where that is what a draft
         # token would have to be. Elsewhere it may be a draft token: a larger budget
         # must give the same text. Nothing is drafted for what comes after it.
-        self._last = 1 if request.sampling.greedy and request.delta == 0 else 0
+        self._last = 1 if rules.chosen else 0
 
     @property
     def most_drafted(self) -> int:
@@ -74,7 +74,11 @@ class Row:
             )
         request = self.request
         self.sampler = RowSampler(
-            self._rules, first, request.prompt, request.sampling.seed, request.stream
+            self._rules,
+            first,
+            request.prompt,
+            request.sampling.seed or 0,
+            request.stream,
         )
         self._stats.encode_seconds = seconds
         self._started = now

@@ -16,10 +16,11 @@ from speculation.acceptance import (
     Verdict,
     verify,
     verify_block,
+    verify_chosen,
     verify_greedy,
 )
 from speculation.processors import Prefix, Processor
-from speculation.sampling import GREEDY, Sampling, draw
+from speculation.sampling import GREEDY, SHARED, Sampling, draw, gumbel
 from system.errors import InputError
 
 
@@ -34,9 +35,12 @@ class Rules:
             :func:`acceptance.verify_block` judges what was sampled by both.
         eos_tokens: what ends a row, also for the processors that spare or ban it.
         chain: the processors, in order.
+        shared: whether draft and target choose with the same noise, see
+            :meth:`Sampling.coupling_at`.
 
     Raises:
-        InputError: an id outside the vocabulary.
+        InputError: an id outside the vocabulary, or a coupling that does not go with
+            the delta.
     """
 
     vocabulary: int
@@ -44,10 +48,18 @@ class Rules:
     delta: float = 0.0
     eos_tokens: frozenset[int] = frozenset()
     chain: tuple[Processor, ...] = field(init=False)
+    shared: bool = field(init=False)
 
     def __post_init__(self) -> None:
         chain = self.sampling.chain(self.vocabulary, self.eos_tokens)
         object.__setattr__(self, "chain", chain)
+        shared = self.sampling.coupling_at(self.delta) == SHARED
+        object.__setattr__(self, "shared", shared)
+
+    @property
+    def chosen(self) -> bool:
+        """Whether a draft token has to be the one that the target chooses."""
+        return self.delta == 0 and (self.sampling.greedy or self.shared)
 
 
 class RowSampler:
@@ -82,7 +94,6 @@ class RowSampler:
                 "prompt where that token would be"
             )
         self.rules = rules
-        self.last = start[-1]
         # Of its own for each row: its text must not depend on its neighbours.
         self._random = None if rules.sampling.greedy else _Random(seed, stream)
         self._round = 0
@@ -91,25 +102,29 @@ class RowSampler:
         if rules.chain:  # nobody else asks
             self.prompt = np.array(prompt, np.int32)
             self._tokens = np.zeros(64 + len(start), np.int32)
-            self.append(start)
+        self.append(start)
 
     def append(self, tokens: list[int]) -> None:
         """Take in tokens that were committed."""
         self.last = tokens[-1]
-        if not self.rules.chain:
-            return
         end = self._length + len(tokens)
-        if end > len(self._tokens):
-            grown = np.zeros(2 * end, np.int32)
-            grown[: self._length] = self._tokens[: self._length]
-            self._tokens = grown
-        self._tokens[self._length : end] = tokens
+        if self.rules.chain:
+            if end > len(self._tokens):
+                grown = np.zeros(2 * end, np.int32)
+                grown[: self._length] = self._tokens[: self._length]
+                self._tokens = grown
+            self._tokens[self._length : end] = tokens
         self._length = end
 
     def next_uniform(self, count: int) -> np.ndarray:
         """The first ``count`` random numbers of the row's next round, in [0, 1)."""
         number, self._round = self._round, self._round + 1
         return self._random.of_round(number, count)
+
+    def keys(self, ahead: int, count: int) -> np.ndarray:
+        """The keys (count, 2) of the noise of its next positions, those left out that
+        are ``ahead`` of them."""
+        return self._random.keys(self.generated(self._length) + ahead, count)
 
     def before(self, last: bool) -> np.ndarray:
         """The committed tokens, with the ``last`` or without it."""
@@ -121,10 +136,12 @@ class RowSampler:
 
 
 class _Random:
-    """A row's random numbers, in [0, 1).
+    """A row's random numbers: those in [0, 1) of its rounds, and keys of noise for its
+    positions.
 
     A round's do not depend on how many of them are used, by it or by those before: with
-    the same seed another budget gives the same text, cut off.
+    the same seed another budget gives the same text, cut off. A position's key depends
+    on nothing else: neither do the text's tokens, whatever the rounds were.
     """
 
     def __init__(self, seed: int, key: tuple[int, ...]):
@@ -139,6 +156,15 @@ class _Random:
         self._state["state"]["counter"] = np.array([0, 0, number, 0], np.uint64)
         self._bits.state = self._state
         return self._numbers.random(count, dtype=np.float32)
+
+    def keys(self, position: int, count: int) -> np.ndarray:
+        """Keys (count, 2), uint32, of positions: how many tokens come before each."""
+        # Philox makes four words of a count, and the first will do. Its fourth word
+        # tells these counts from those of rounds.
+        self._state["state"]["counter"] = np.array([position, 0, 0, 1], np.uint64)
+        self._bits.state = self._state
+        words = np.ascontiguousarray(self._bits.random_raw(4 * count)[::4])
+        return words.view(np.uint32).reshape(count, 2)
 
 
 class RoundSampler:
@@ -199,7 +225,7 @@ class RoundSampler:
             drafted: (B,) each, the tokens that it proposed before.
 
         Returns:
-            The token (B,) int32, and q (B, V); None when every choice is greedy.
+            The token (B,) int32, and q (B, V); None when it matters to no row.
         """
         if len(self._groups) == 1:
             return self._groups[0].draft(logits, drafted)
@@ -208,7 +234,7 @@ class RoundSampler:
             for group, rows in zip(self._groups, self._rows, strict=True)
         ]
         sampled = next((q for _, q in parts if q is not None), None)
-        if sampled is not None:  # a greedy row's q is not looked at
+        if sampled is not None:  # where it is None it is not looked at
             none = mx.zeros_like(sampled[:1])
             sampled = self._join(
                 mx.broadcast_to(none, (len(token), none.shape[1])) if q is None else q
@@ -260,7 +286,16 @@ class _Group:
         self._last = last
         if rules.chain:
             self._read(rows, follows)
-        if not rules.sampling.greedy:
+        if rules.shared:
+            keys = np.zeros((len(rows), 1 + num_draft, 2), np.uint32)
+            for place, row in enumerate(rows):
+                if row:
+                    keys[place] = row.keys(int(follows), 1 + num_draft)
+            self._keys = mx.array(keys)
+            self._noise: list[
+                mx.array
+            ] = []  # of the first positions, as they are asked
+        elif not rules.sampling.greedy:
             # For the target's own token, then for each draft token one to draw it by
             # and one to judge it by.
             uniform = np.zeros((len(rows), 1 + 2 * num_draft), np.float32)
@@ -324,8 +359,23 @@ class _Group:
             logits = self.process(logits[:, None], block)[:, 0]
         if rules.sampling.greedy:
             return mx.argmax(logits, axis=-1).astype(mx.int32), None
+        if rules.shared:
+            weights = rules.sampling.log_weights(logits)
+            return self.choose(weights, len(drafted)), None
         q = rules.sampling.probs(logits)
         return draw(q, self._drawing[:, len(drafted)]), q
+
+    def choose(self, weights: mx.array, place: int) -> mx.array:
+        """The tokens (B,) of a position, by the noise that draft and target share.
+
+        Args:
+            weights: (B, V), logarithms of the law.
+            place: which of the round's positions.
+        """
+        while len(self._noise) <= place:
+            keys = self._keys[:, len(self._noise)]
+            self._noise.append(gumbel(keys, self._rules.vocabulary))
+        return mx.argmax(weights + self._noise[place], axis=-1).astype(mx.int32)
 
     def judging(self, drafted: int) -> mx.array:
         """Random numbers (B, K + 1): the first for the target's own token, the others
@@ -348,6 +398,12 @@ class _Group:
         sampling, delta = self._rules.sampling, self._rules.delta
         if sampling.greedy:
             return verify_greedy(logits, tokens, counts, delta)
+        if self._rules.shared:
+            weights = sampling.log_weights(logits)
+            positions = range(size + 1)
+            chosen = [self.choose(weights[:, place], place) for place in positions]
+            finite = mx.isfinite(weights.max(axis=-1))
+            return verify_chosen(mx.stack(chosen, axis=1), tokens, counts, finite)
         allowed = None
         if delta == 1 and size:  # below 1 a probability of 0 is enough to reject
             index = mx.clip(tokens, 0, logits.shape[-1] - 1)[..., None]

@@ -31,6 +31,8 @@ from system.errors import InputError
 _LEAST, _MOST = 1e-30, 1e30
 _MOST_TOKENS = 2**31 - 1  # of int32
 
+RESIDUAL, SHARED = COUPLINGS = "residual", "shared"
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -43,7 +45,12 @@ class Sampling:
         top_p: sample among the most probable tokens that together reach this
             probability, those that tie with the last one included.
         min_p: leave out tokens less probable than this share of the most probable.
-        seed: the same seed gives the same text.
+        seed: the same seed gives the same text; None where none is asked for, which
+            draws as 0 does.
+        coupling: what a sampled draft has to do with the target. "shared": both choose
+            with the same noise, and the text is what the target samples alone,
+            token for token. "residual": they draw each for itself, and the text has the
+            target's law; a little more stands. None: see :meth:`coupling_at`.
         repetition_penalty: above 1 makes tokens that occurred less probable: logits
             are divided by it, negative ones multiplied.
         no_repeat_ngram_size: no n-gram of this size occurs twice; 0 for no such rule.
@@ -64,7 +71,8 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
-    seed: int = 0
+    seed: int | None = None
+    coupling: str | None = None
     repetition_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
     encoder_no_repeat_ngram_size: int = 0
@@ -90,7 +98,9 @@ class Sampling:
         check("top-k", self.top_k >= 0, "at least 0 (0: all tokens)")
         check("top-p", 0 < self.top_p <= 1, "above 0 and at most 1")
         check("min-p", 0 <= self.min_p <= 1, "between 0 and 1")
-        check("seed", self.seed >= 0, "at least 0")
+        check("seed", self.seed is None or self.seed >= 0, "at least 0")
+        known = (None, *COUPLINGS)
+        check("coupling", self.coupling in known, " or ".join(COUPLINGS))
         penalty = self.repetition_penalty
         check("repetition-penalty", 0 < penalty < math.inf, "a number above 0")
         check("no-repeat-ngram-size", self.no_repeat_ngram_size >= 0, "at least 0")
@@ -110,6 +120,26 @@ class Sampling:
     def greedy(self) -> bool:
         """Whether the most probable token is taken, without chance."""
         return self.temperature == 0
+
+    def coupling_at(self, delta: float) -> str | None:
+        """What the coupling is: unless it is given, shared where a seed is given and
+        the text is the target's own, else residual. None where nothing is drawn.
+
+        Args:
+            delta: of :class:`requests.Request`.
+
+        Raises:
+            InputError: it is to be shared, but the text is not the target's own.
+        """
+        if self.greedy:
+            return None
+        if self.coupling == SHARED and delta > 0:
+            raise InputError(
+                f"coupling is {SHARED}: with a delta above 0 it has to be {RESIDUAL}, "
+                "as such a text is not the target's own"
+            )
+        own = self.seed is not None and delta == 0
+        return self.coupling or (SHARED if own else RESIDUAL)
 
     def chain(
         self, vocabulary: int, eos_tokens: Collection[int]
@@ -156,29 +186,45 @@ class Sampling:
 
         A row without a finite maximum (NaN, inf, only -inf) becomes NaN throughout.
         """
-        logits = logits.astype(mx.float32)
-        # The largest becomes 0, so that no temperature overflows.
-        logits = logits - logits.max(axis=-1, keepdims=True)
-        if self.temperature != 1:
-            temperature = max(self.temperature, _LEAST)
-            logits = logits * (1 / min(temperature, _MOST))
-        largest = None  # the k largest, in any order
-        if 0 < self.top_k < logits.shape[-1]:
-            largest = mx.topk(logits, self.top_k, axis=-1)
-            kth = largest.min(axis=-1, keepdims=True)
-            logits = mx.where(logits >= kth, logits, -math.inf)
-        probs = mx.softmax(logits, axis=-1)
-        if self.top_p == 1 and self.min_p == 0:
+        probs = mx.softmax(self._scaled(logits), axis=-1)
+        if self._by_rank:
             return probs
         least = self.min_p * probs.max(axis=-1, keepdims=True)
         if self.top_p < 1:
-            few = probs if largest is None else mx.topk(probs, self.top_k, axis=-1)
+            few = probs
+            if 0 < self.top_k < probs.shape[-1]:
+                few = mx.topk(probs, self.top_k, axis=-1)
             ascending = mx.sort(few, axis=-1)
             above = mx.cumsum(ascending, axis=-1, reverse=True, inclusive=False)
             nucleus = mx.where(above < max(self.top_p, _LEAST), ascending, math.inf)
             least = mx.maximum(least, nucleus.min(axis=-1, keepdims=True))
         probs = mx.where(probs >= least, probs, 0)
         return probs / probs.sum(axis=-1, keepdims=True)
+
+    def log_weights(self, logits: mx.array) -> mx.array:
+        """The logarithms of :meth:`probs`, but for a number that is a row's own.
+
+        A row without a finite maximum has none afterwards.
+        """
+        return self._scaled(logits) if self._by_rank else mx.log(self.probs(logits))
+
+    @property
+    def _by_rank(self) -> bool:
+        """Whether no filter looks at probabilities."""
+        return self.top_p == 1 and self.min_p == 0
+
+    def _scaled(self, logits: mx.array) -> mx.array:
+        """Temperature and top-k."""
+        logits = logits.astype(mx.float32)
+        # The largest becomes 0, so that no temperature overflows.
+        logits = logits - logits.max(axis=-1, keepdims=True)
+        if self.temperature != 1:
+            temperature = max(self.temperature, _LEAST)
+            logits = logits * (1 / min(temperature, _MOST))
+        if 0 < self.top_k < logits.shape[-1]:
+            kth = mx.topk(logits, self.top_k, axis=-1).min(axis=-1, keepdims=True)
+            logits = mx.where(logits >= kth, logits, -math.inf)
+        return logits
 
 
 GREEDY = Sampling()
@@ -199,3 +245,18 @@ def draw(probs: mx.array, uniform: mx.array) -> mx.array:
     # In (0, total], so that the first place that reaches it has a probability.
     reach = cumulative.max(axis=-1, keepdims=True) * (1 - uniform[..., None])
     return mx.argmax(cumulative >= reach, axis=-1).astype(mx.int32)
+
+
+def gumbel(keys: mx.array, vocabulary: int) -> mx.array:
+    """Noise: where its sum with the logarithms of a law is largest, is a draw from it.
+
+    Args:
+        keys: (B, 2) uint32. What comes of one depends on it and on V alone.
+
+    Returns:
+        (B, V) float32, finite.
+    """
+    uniform = mx.vmap(lambda key: mx.random.uniform(shape=(vocabulary,), key=key))(keys)
+    # 1 - u, since what decides is small here: near 0 u has steps of 2**-32, near 1
+    # coarse ones.
+    return -mx.log(-mx.log1p(-mx.maximum(uniform, 2.0**-33)))

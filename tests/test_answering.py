@@ -35,7 +35,13 @@ def test_each_is_what_it_is_alone(pair, data):
     asked = prompts(data.draw(st.integers(0, 30)))
     options = OPTIONS | {"num_draft": data.draw(st.integers(0, 3))}
     options["sampling"] = data.draw(
-        st.sampled_from([Sampling(), Sampling(temperature=1.0, seed=3)])
+        st.sampled_from(
+            [
+                Sampling(),
+                Sampling(temperature=1.0, seed=3),
+                Sampling(temperature=1.0, seed=3, coupling="residual"),
+            ]
+        )
     )
     size = data.draw(st.sampled_from([None, 1, 2, 5, 16]))
     with pytest.MonkeyPatch.context() as patch:

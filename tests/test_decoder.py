@@ -338,6 +338,8 @@ def test_broken_draft_cannot_harm(make, target, plain):
     """A draft full of NaN proposes nonsense, and nonsense is refused."""
     drafter = ModelDrafter(Checked(broken(make()[2])))
     assert decode(target, drafter, max_tokens=64)[0] == [plain]
+    sampled = {"sampling": Sampling(temperature=1.0, seed=1)}
+    assert decode(target, drafter, **sampled)[0] == decode(target, None, **sampled)[0]
 
 
 @pytest.mark.parametrize("delta", [0.0, 0.4])
@@ -355,6 +357,21 @@ def test_another_budget_cuts_the_text_off(target, drafters, name, delta):
         for most in (1, 2, 5, 9, 15):
             cut = decode(target, drafter, max_tokens=most, **options)[0]
             assert cut == [text[:most] for text in whole]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sampled_with_shared_noise(target, drafters, name):
+    """With any draft and any K the text that the target samples alone."""
+    sampled = {"sampling": Sampling(temperature=1.0, seed=6), "max_tokens": 40}
+    alone = decode(target, None, **sampled)[0]
+    for num_draft in (1, 4, 7):
+        tokens, _, (stats,) = decode(
+            target, drafters[name], num_draft=num_draft, **sampled
+        )
+        assert tokens == alone
+        check(stats, tokens[0])
+        if name == "same":
+            assert stats.alpha == 1
 
 
 def test_nothing_is_drafted_behind_an_end(target, drafters, plain):

@@ -163,7 +163,8 @@ RULES = [
     GREEDY,
     Sampling(repetition_penalty=1.4, no_repeat_ngram_size=2),
     Sampling(temperature=1.0, seed=3),
-    Sampling(temperature=0.8, top_k=20, seed=4),
+    Sampling(temperature=0.8, top_k=20, seed=4, coupling="residual"),
+    Sampling(temperature=0.8, top_k=20, seed=5, coupling="residual"),
     Sampling(temperature=0.8, top_k=20, seed=5),
     Sampling(temperature=1.3, top_p=0.9, encoder_no_repeat_ngram_size=1, seed=1),
 ]
@@ -173,8 +174,9 @@ RULES = [
 @pytest.mark.parametrize("drafter", ["good", "lookup", "always the end"])
 @pytest.mark.parametrize("num_draft", [0, 3])
 def test_rules_of_their_own(families, kind, drafter, num_draft):
-    """One batch with greedy and sampled texts, penalties, seeds and delta: each is what
-    its own rules make of it alone. Batches of 1, 4 and 16 give the same texts."""
+    """One batch with greedy and sampled texts, penalties, seeds, couplings and delta:
+    each is what its own rules make of it alone. Batches of 1, 4 and 16 give the same
+    texts."""
     family = families[kind]
     requests = [
         Request(
@@ -202,6 +204,67 @@ def test_rules_of_their_own(families, kind, drafter, num_draft):
     assert texts[0] == texts[1] == texts[2]
     assert figures[0] == figures[1] == figures[2]
     assert len({tuple(text) for text in texts[0].values()}) > 10
+
+
+#: Sampled with shared noise, under rules of every kind.
+SHARED = [
+    Sampling(temperature=1.0, seed=3),
+    Sampling(temperature=1.0, seed=4),
+    Sampling(temperature=0.8, top_k=20, repetition_penalty=1.4, seed=10**30),
+    Sampling(temperature=1.3, top_p=0.9, no_repeat_ngram_size=2, seed=0),
+    Sampling(temperature=1.0, min_p=0.01, min_new_tokens=9, coupling="shared"),
+    Sampling(temperature=1.5, bad_words_ids=((7,), (8, 9)), seed=7),
+]
+
+
+class Changing(ModelDrafter):
+    """Drafts another number of tokens each round."""
+
+    def propose(self, sequences, num_draft, sampler):
+        size = 1 + sum(map(len, sequences)) % num_draft
+        return super().propose(sequences, size, sampler)
+
+
+@pytest.mark.parametrize("kind", ["t5", "gpt2", "llama"])
+@settings(max_examples=8)
+@given(data=st.data())
+def test_the_same_seed_the_same_text(families, kind, data):
+    """Token for token what the target samples alone, cut off where the budget ends:
+    with any draft, any K, any batch, whatever the rules of the texts beside it."""
+    family = families[kind]
+    name = data.draw(st.sampled_from([*DRAFTERS, "changing"]))
+    drafter = family.drafters.get(name) or Changing(family.drafters["good"].session)
+    rules = st.sampled_from([*SHARED, *RULES])
+    requests = [
+        Request(
+            PROMPTS[data.draw(st.integers(0, len(PROMPTS) - 1))],
+            frozenset({1, 3}),
+            data.draw(st.integers(1, 20)),
+            sampling=data.draw(rules),
+            stream=(data.draw(st.integers(0, 2)), 2**40),
+        )
+        for _ in range(data.draw(st.integers(1, 10)))
+    ]
+    engine = Engine(
+        family.target,
+        drafter,
+        num_draft=data.draw(st.integers(0, 8)),
+        rows=data.draw(st.sampled_from([1, 4, 16])),
+    )
+    tokens, _ = run(engine, requests, [data.draw(st.integers(0, 9)) for _ in requests])
+    for place, request in enumerate(requests):
+        if request.sampling.coupling == "residual":
+            continue
+        alone = decode(
+            family.alone,
+            None,
+            [request.prompt],
+            eos_tokens=request.eos_tokens,
+            max_tokens=20,
+            sampling=request.sampling,
+            streams=[request.stream],
+        )
+        assert tokens[place] == alone[0][0][: request.max_tokens]
 
 
 def test_rows_that_share_rules_are_computed_together(families):

@@ -16,8 +16,10 @@ from conftest import HANG
 
 import main
 from console import job, lines, outlet, prompts
+from console.arguments import parse_arguments
 from console.lines import Asked, LineReader
 from pair import Pair
+from speculation.sampling import COUPLINGS
 from system.errors import InputError
 
 WORDS = ["the", "cat", "sat", "on", "a", "b", "c", "e", "t", "s"]
@@ -81,7 +83,8 @@ def test_to_standard_output(call, pair, files):
 
 
 @pytest.mark.parametrize("drafted", [0, 2])
-def test_sampled_lines_have_streams_of_their_own(call, pair, files, drafted):
+@pytest.mark.parametrize("coupling", COUPLINGS)
+def test_sampled_lines_have_streams_of_their_own(call, pair, files, coupling, drafted):
     """The same text whatever the batch size, and another where the line is another."""
     source, out = files
     source.write_text("the cat sat\n" * 12)
@@ -90,7 +93,8 @@ def test_sampled_lines_have_streams_of_their_own(call, pair, files, drafted):
         call(
             *models(pair),
             *("--input", source, "--output", out, "--batch-size", size),
-            *("--temperature", 1, "--seed", 5, "--num-draft", drafted, *FLAGS),
+            *("--temperature", 1, "--seed", 5, "--coupling", coupling),
+            *("--num-draft", drafted, *FLAGS),
         )
         texts.append(out.read_text())
     assert texts[0] == texts[1] == texts[2]
@@ -481,6 +485,25 @@ def test_what_is_done_is_done(call, pair, files):
 def test_flags_that_say_the_default(call, begun, files):
     more = ("--temperature", 0, "--seed", 0, "--delta", 0, "--num-draft", 5)
     assert call(*begun, *more, "--resume")[0] == 0
+
+
+def test_whether_noise_is_shared_belongs_to_a_job(pair):
+    """Where anything is drawn: a seed that is given says so."""
+
+    def coupling(*flags):
+        flags = map(str, ("--input", "x", "--num-draft", 0, *flags))
+        return job.describe(parse_arguments(list(flags)), Pair.load(str(pair[0]))).get(
+            "coupling"
+        )
+
+    warm = ("--temperature", 1)
+    assert [
+        coupling("--seed", 0),
+        coupling(*warm),
+        coupling(*warm, "--seed", 0),
+        coupling(*warm, "--seed", 0, "--coupling", "residual"),
+        coupling("--task-defaults", "--seed", 0),
+    ] == [None, None, "shared", None, "shared"]
 
 
 def test_two_jobs_at_once(begun, files, call, pair):

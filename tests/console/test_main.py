@@ -312,6 +312,7 @@ def test_samples(call, pair):
     assert [value["text"] for value in values] == lines
     assert [value["sample"] for value in values] == list(range(5))
     assert "another text" in call(*flags, "--compare")[2]
+    assert "the same text" in call(*flags, "--compare", "--seed", 1)[2]
 
 
 def test_prompts_are_sampled_apart(call, pair, monkeypatch):
@@ -426,6 +427,11 @@ def one_line(result, *words):
         (["--num-samples", "0"], ["num-samples", "0"]),
         (["--num-samples", "2"], ["samples are the same"]),
         (["--seed", "-1"], ["seed", "-1"]),
+        (["--coupling", "loose"], ["--coupling", "loose"]),
+        (
+            ["--coupling", "shared", "--delta", "0.1", "--temperature", "1"],
+            ["coupling", "delta", "residual"],
+        ),
         (["--suppress-tokens", "3", "96"], ["no token 96", "95"]),
         (["--no-such-flag"], ["--no-such-flag", "--help"]),
         (["--prompt", ""], ["prompt is empty"]),

@@ -186,6 +186,21 @@ def test_sampled_and_relaxed_sweep(bench, make, tmp_path):
     assert "BLEU" not in out
 
 
+def test_sampled_with_shared_noise(bench, make, tmp_path):
+    """Compared with plain decoding text by text."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS))
+    status, out, err = bench(
+        *("--model", make()[2], "--draft-model", make(noise=0.05)[2]),
+        *("--prompts", prompts, "--num-draft", "1,3", "--max-tokens", 12),
+        *("--temperature", "1", "--coupling", "shared", "--json", tmp_path / "f.json"),
+    )
+    assert status == 0, err
+    rows = json.loads((tmp_path / "f.json").read_text())["rows"]
+    assert [row["equal"] for row in rows] == [len(PROMPTS)] * 3
+    assert "same text" in out
+
+
 def test_beside_mlx_lm(bench, tmp_path):
     """A decoder-only pair, cell by cell; greedy texts are the same."""
     folders = []
@@ -421,6 +436,10 @@ def test_bad_flags(bench, make, tmp_path):
         (["--delta", "2"], "delta is 2"),
         (["--temperature", "1", "--baseline", "ctranslate2"], "decode greedily"),
         (["--temperature", "-1"], "temperature is -1"),
+        (
+            ["--temperature", "1", "--coupling", "shared", "--delta", "0.5"],
+            "coupling is shared",
+        ),
         (["--simulate-alpha", "1.5"], "between 0 and 1"),
         (["--json", tmp_path / "no" / "f.json"], "no folder"),
         (["--json", tmp_path], "cannot write"),

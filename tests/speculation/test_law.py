@@ -26,6 +26,7 @@ from law import (
 
 from decoder import generate
 from speculation import acceptance, samplers
+from speculation.sampling import COUPLINGS
 
 LEAST = 1e-4
 SAMPLES = 5000
@@ -46,8 +47,8 @@ def pair(tmp_path_factory):
     return TinyPair.make(tmp_path_factory.mktemp("law"))
 
 
-def p_value(pair, way, kind, num_draft, seed=1) -> float:
-    options = replace(WAYS[way], seed=seed)
+def p_value(pair, way, kind, num_draft, coupling="residual") -> float:
+    options = replace(WAYS[way], seed=1, coupling=coupling)
     drafter = pair.drafter if kind == "model" else Point()
     seen, _, _ = sample(pair, drafter, options, num_draft, SAMPLES)
     return chi_square(seen, exact_law(pair, options))
@@ -176,14 +177,15 @@ def test_alpha_is_the_overlap(pair):
 
 
 @pytest.mark.parametrize("num_draft", [0, 1, 4])
-def test_a_row_alone_is_the_row_in_a_batch(pair, num_draft):
+@pytest.mark.parametrize("coupling", COUPLINGS)
+def test_a_row_alone_is_the_row_in_a_batch(pair, coupling, num_draft):
     """A row's text depends on its stream, not on its neighbours: neither on how far
     they are nor on what is left to them, so that a batch of one has the same law."""
     options = {
         "eos_tokens": {END},
         "max_tokens": 7,
         "num_draft": num_draft,
-        "sampling": WAYS["no bigram twice"],
+        "sampling": replace(WAYS["no bigram twice"], coupling=coupling),
     }
     rows = 40
 
@@ -201,11 +203,12 @@ def test_a_row_alone_is_the_row_in_a_batch(pair, num_draft):
         assert texts([PROMPT], [(row,)]) == [together[row]]
 
 
-def test_seeds_and_streams(pair):
+@pytest.mark.parametrize("coupling", COUPLINGS)
+def test_seeds_and_streams(pair, coupling):
     """The same seed gives the same text; another seed or another stream another."""
 
     def text(seed, stream):
-        options = replace(WAYS["temperature 1.5"], seed=seed)
+        options = replace(WAYS["temperature 1.5"], seed=seed, coupling=coupling)
         return [
             commit.tokens
             for commit in generate(

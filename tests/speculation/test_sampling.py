@@ -283,6 +283,7 @@ def test_no_token_left(sessions):
         {"min_p": 1.5},
         {"min_p": math.nan},
         {"seed": -1},
+        {"coupling": "loose"},
         {"repetition_penalty": 0.0},
         {"repetition_penalty": math.nan},
         {"no_repeat_ngram_size": -1},
