@@ -29,20 +29,21 @@ from weakref import WeakValueDictionary
 import mlx.core as mx
 
 from speculation.drafting import Drafter
+from speculation.lookup import Lookup
+from speculation.policy import Auto, Fixed, Plan, Policy
+from speculation.proposing import Proposer
 from speculation.requests import (
     Commit,
     Request,
     check_options,
 )
-from speculation.rounds import Round, judged_counts, launch
+from speculation.rounds import Round, launch
 from speculation.rows import Row
 from speculation.samplers import RoundSampler, Rules
 from speculation.session import CHUNK, Session
 from system import fast_blas, memory
 from system.device import on_gpu
 from system.errors import InputError, NoRoomError, PromptError, blame_prompt
-
-NUM_DRAFT = 5
 
 #: How many times as many tokens, padding included, newcomers may be encoded as.
 PADDED = 2
@@ -54,17 +55,18 @@ LONGEST_BESIDE = 4096
 
 def generate(
     target: Session,
-    drafter: Drafter | None,
+    drafter: Drafter | Lookup | None,
     prompts: list[list[int]],
     *,
-    num_draft: int = NUM_DRAFT,
+    num_draft: int | Policy | None = None,
+    lookup: Lookup | None = None,
     streams: list[tuple[int, ...]] | None = None,
     **options: Any,
 ) -> Iterator[Commit]:
     """Decode prompts together, yielding each one's tokens as they stand.
 
     Args:
-        target, drafter, num_draft: of :class:`Engine`.
+        target, drafter, num_draft, lookup: of :class:`Engine`.
         prompts: token ids; a commit's ``id`` is its prompt's place among them.
         streams: of the requests, by default their places.
         options: more of :class:`Request`.
@@ -73,7 +75,9 @@ def generate(
         InputError: an option out of range, a prompt that cannot be encoded, or logits
             that are not finite.
     """
-    engine = Engine(target, drafter, num_draft=num_draft, rows=len(prompts))
+    engine = Engine(
+        target, drafter, num_draft=num_draft, lookup=lookup, rows=len(prompts)
+    )
     for place, prompt in enumerate(prompts):
         stream = streams[place] if streams else (place,)
         engine.admit(Request(prompt, stream=stream, **options))
@@ -101,32 +105,41 @@ class Engine:
     def __init__(
         self,
         target: Session,
-        drafter: Drafter | None,
+        drafter: Drafter | Lookup | None,
         *,
-        num_draft: int = NUM_DRAFT,
+        num_draft: int | Policy | None = None,
+        lookup: Lookup | None = None,
         rows: int = 1,
     ):
         """
         Args:
             target: the model whose text this is. Nobody else may use it or the drafter
                 while there is anything to do.
-            drafter: who guesses; None, or ``num_draft`` 0, decodes with the target
-                alone.
-            num_draft: K, draft tokens per round.
+            drafter: a model that guesses, or a lookup; None for none.
+            num_draft: K, draft tokens per round, 0 for the target alone; or a policy
+                that decides on it, by default one of its own.
+            lookup: goes before the model, where it has something to say.
             rows: the most texts that are decoded at once.
 
         Raises:
             InputError: an option out of range.
         """
-        check_options(1, num_draft, 0)
+        policy = Auto() if num_draft is None else num_draft
+        if isinstance(policy, int):
+            check_options(1, policy, 0)
+            policy = Fixed(policy)
+        if isinstance(drafter, Lookup):
+            drafter, lookup = None, drafter
+        if drafter is None and lookup is None:
+            policy = Fixed(0)
+        elif policy.most == 0:
+            drafter = lookup = None
         if rows < 1:
             raise InputError(f"batch-size is {rows}: it has to be at least 1")
         self._target = target
-        self._drafter = drafter if num_draft else None
-        self._num_draft = num_draft
         self._most = rows
         self._target_positions = target.positions or sys.maxsize
-        self._draft_positions = (drafter and drafter.positions) or sys.maxsize
+        self._drafts = Proposer(drafter, lookup, policy, self._target_positions)
         self._ids = count()
         self._rules: WeakValueDictionary[Any, Rules] = WeakValueDictionary()
         self._texts: dict[int, Row] = {}  # those that are not finished
@@ -207,23 +220,34 @@ class Engine:
             What it added, text by text; nothing where a prompt is still being encoded.
         """
         current, self._ahead = self._ahead, None
+        began, was_ahead = time.perf_counter(), True
         if current is None or not self._active:
             self._settle()
             self._change_rows()
+            began, was_ahead = time.perf_counter(), False
             current = self._launch()
         failed, self._failed = self._failed, []
         if current is None:
             return failed
-        if self._drafter is None and not self._changes_wait():
+        changes = self._changes_wait()
+        if not (current.plan.size or changes) and self._drafts.stays_plain(self._rows):
             self._ahead = self._launch_ahead(current)
-        commits = []
-        for place, outcome in enumerate(current.read()):
+        outcomes = current.read()
+        seconds = time.perf_counter() - began
+        commits, seen = [], []
+        for place, outcome in enumerate(outcomes):
             row = current.rows[place]
             if row and not row.finished:
                 commit = row.commit(outcome, partial(current.fault, place))
                 commits += [commit] if commit else []
+                seen.append((place, row, outcome, commit))
             if outcome.finite < current.positions:
                 self._odd.add(place)
+        # Plain rounds are built ahead where they can be: others of them take longer.
+        typical = current.plan.size or changes or (was_ahead and self._ahead)
+        self._drafts.observe(
+            current.plan, seen, len(outcomes), seconds if typical else None
+        )
         self._free_rows()
         self._forget_odd()
         return failed + commits
@@ -251,34 +275,14 @@ class Engine:
         active = self._active
         if not active:
             return None
-        size = self._draft_size(active)
-        sampler = RoundSampler([row and row.sampler for row in self._rows], size)
-        draft = None
-        if size > 0:
-            guessed = [
-                row.sequence if row and row.drafted else _NOBODYS for row in self._rows
-            ]
-            draft = self._drafter.propose(guessed, size, sampler)
-            draft.counts = judged_counts(
-                draft, [row.most_drafted if row else size for row in self._rows]
-            )
+        plan = self._drafts.plan(self._rows)
+        found = self._drafts.looked_up(self._rows, plan)
+        samplers = [row and row.sampler for row in self._rows]
+        sampler = RoundSampler(samplers, plan.size, certain=found)
+        draft = self._drafts.propose(self._rows, plan, sampler)
         current = launch(self._target, sampler, draft)
-        current.rows = self._rows
+        current.rows, current.plan, current.found = self._rows, plan, found
         return current
-
-    def _draft_size(self, active: "list[Row]") -> int:
-        """How many tokens are to be drafted."""
-        if self._drafter is None:
-            return 0
-        for row in active:
-            # The draft's caches have no room for what it would be fed.
-            left = self._draft_positions - len(row.sequence)
-            row.drafted &= left >= min(self._num_draft, row.most_drafted)
-        longest = max(len(row.sequence) for row in active)
-        budgets = [row.most_drafted for row in active if row.drafted]
-        # A row without room would be fed what it has no positions for.
-        left = self._target_positions - longest
-        return max(0, min(self._num_draft, left, max(budgets, default=0)))
 
     def _launch_ahead(self, current: "Round") -> "Round | None":
         """The plain round after the current one, before that has been read.
@@ -295,7 +299,7 @@ class Engine:
         samplers = [row and row.sampler for row in self._rows]
         sampler = RoundSampler(samplers, following=current.next_token)
         ahead = launch(self._target, sampler, None)
-        ahead.rows = self._rows
+        ahead.rows, ahead.plan = self._rows, Plan(0, 0, ())
         if on_gpu():
             mx.async_eval(ahead.report)
         return ahead
@@ -356,8 +360,7 @@ class Engine:
                 with blame_prompt():
                     prompts = [row.request.prompt for row in newcomers]
                     firsts = self._target.start(prompts)
-                    if self._drafter:
-                        self._drafter.start(self._draft_prompts(newcomers))
+                    self._drafts.start(newcomers)
             except PromptError as error:
                 self._try_apart(newcomers, error)
                 continue
@@ -388,20 +391,13 @@ class Engine:
         started = time.perf_counter()
         prompts = [row.request.prompt for row in newcomers]
         prepared = yield from self._target.prepare(prompts)
-        if self._drafter:
-            drafts = yield from self._drafter.prepare(self._draft_prompts(newcomers))
-            self._drafter.put(places, drafts)
+        drafts = yield from self._drafts.prepare(newcomers)
+        self._drafts.put(places, newcomers, drafts)
         firsts = self._target.put(places, prepared)
         self._begin(newcomers, firsts, started)
         for place, row in zip(places, newcomers, strict=True):
             self._rows[place] = row
         self._free_rows()
-
-    def _draft_prompts(self, newcomers: "list[Row]") -> list[list[int]]:
-        """What the drafter is given: of a prompt that it has no room for, nothing."""
-        for row in newcomers:
-            row.drafted = len(row.request.prompt) < self._draft_positions
-        return [row.request.prompt if row.drafted else _NOBODYS for row in newcomers]
 
     def _begin(
         self, newcomers: "list[Row]", firsts: list[list[int]], started: float
@@ -473,24 +469,18 @@ class Engine:
     def _take(self, rows: list[int], blank: int) -> None:
         self._have_threads(len(rows) + blank)
         self._target.take(rows, blank)
-        if self._drafter:
-            self._drafter.take(rows, blank)
+        self._drafts.take(rows, blank)
 
     def _has_room(self, rows: int, texts: list[Row]) -> bool:
         """Whether the memory does for so many rows, with these texts in them."""
         prompt = max(len(row.request.prompt) for row in texts)
         answer = max(row.request.max_tokens for row in texts)
         size = self._target.batch_bytes(rows, prompt, answer)
-        if self._drafter:
-            size += self._drafter.batch_bytes(rows, prompt, answer)
+        size += self._drafts.batch_bytes(rows, prompt, answer)
         return size <= memory.SMALL or memory.fits(size)
 
     def _have_threads(self, rows: int) -> None:
         fast_blas.fit_threads(self._target.parameters * rows)
-
-
-#: What is fed to a row that is nobody's.
-_NOBODYS = [0]
 
 
 class _Arriving(NamedTuple):

@@ -11,6 +11,8 @@ In use::
 
 import system.fast_blas  # noqa: F401  (before mlx: see there)
 
+import math
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -22,21 +24,30 @@ from typing import Any
 from answering import Answers, Generation, Question, Source, source_of
 from architectures import registry
 from checkpoints.defaults import Defaults, DefaultsError, Files
-from decoder import NUM_DRAFT, Engine
+from decoder import Engine
 from speculation.drafting import Drafter, ModelDrafter
-from speculation.lookup import LookupDrafter
+from speculation.lookup import Lookup
+from speculation.policy import Auto
 from speculation.requests import DELTA, MAX_TOKENS, Commit, Request
 from speculation.sampling import GREEDY, Sampling
 from speculation.session import Session
-from system import memory
+from system import memory, remembering
+from system.device import most_drafted, on_gpu
 from system.errors import InputError, PromptError, TooLongError, blame_prompt
 from text.messages import last_text, read_prompt
 from text.tokenizer import Tokenizer, have_equal_files
 
 LOOKUP = "prompt-lookup"  # a draft without a model
 
+#: Tokens that have to agree for what followed them to be taken before a draft model's.
+LEAST_MATCH = 3
+
 #: The most texts that are decoded at once where nobody says how many.
 MOST_ROWS = 32
+#: Seconds after which what was measured is kept again.
+_SECONDS = 5.0
+#: Draft tokens that a large batch has at most where nobody says how many.
+_MANY = 5
 #: The share of the free memory that a batch of them may take.
 SHARE = 0.6
 
@@ -51,7 +62,8 @@ class Pair:
     Attributes:
         target: the target's session.
         tokenizer: the target's.
-        drafter: a draft model that shares its ids, or prompt lookup; None for nobody.
+        drafter: a draft model that shares its ids; None for none.
+        lookup: guesses without a model; None for none.
         eos_tokens: the ids that end a text.
         folder, draft_folder: where the models were loaded from.
     """
@@ -62,18 +74,26 @@ class Pair:
         tokenizer: Tokenizer,
         eos_tokens: frozenset[int],
         drafter: Drafter | None = None,
+        lookup: Lookup | None = None,
     ):
         self.target = target
         self.tokenizer = tokenizer
         self.eos_tokens = eos_tokens
         self.drafter = drafter
+        self.lookup = lookup
         self.folder: Path | None = None
         self.draft_folder: Path | None = None
+        self._remembered = -math.inf  # when that was
         self._latest: object = None  # whoever decodes on these caches
 
     @classmethod
     def load(
-        cls, model: str, draft_model: str | None = None, *, unverified: bool = False
+        cls,
+        model: str,
+        draft_model: str | None = None,
+        *,
+        lookup: bool = False,
+        unverified: bool = False,
     ) -> "Pair":
         """Load models by folder or by name.
 
@@ -81,6 +101,8 @@ class Pair:
             model: a converted T5, or a decoder-only model; see
                 :func:`registry.find`.
             draft_model: likewise, or :data:`LOOKUP`; None for no draft.
+            lookup: where words occurred before, take what followed them, and ask the
+                draft model elsewhere.
             unverified: take decoder-only models, too, whose text nobody has compared
                 with transformers' (:mod:`verified`).
 
@@ -108,7 +130,7 @@ class Pair:
             )
         # Rows of padding beyond the tokenizer's ids are never emitted.
         vocabulary = min(tokenizer.size, architecture.embedding_rows(folder))
-        drafter: Drafter | None = LookupDrafter() if draft_model == LOOKUP else None
+        drafter: Drafter | None = None
         if draft_folder:
             rows = architecture.embedding_rows(draft_folder)
             if rows < vocabulary:
@@ -122,7 +144,11 @@ class Pair:
             drafter = ModelDrafter(session)
         target = architecture.open_session(folder, tokenizer, vocabulary, unverified)
         ends = architecture.eos_tokens(folder, tokenizer)
-        pair = cls(target, tokenizer, ends, drafter)
+        looks: Lookup | None = None
+        if lookup or draft_model == LOOKUP:
+            # Beside a model that asks for more, as the model is better at chance.
+            looks = Lookup(LEAST_MATCH if drafter else 2)
+        pair = cls(target, tokenizer, ends, drafter, looks)
         pair.folder, pair.draft_folder = folder, draft_folder
         return pair
 
@@ -145,7 +171,7 @@ class Pair:
         count: int,
         *,
         max_tokens: int = MAX_TOKENS,
-        num_draft: int = NUM_DRAFT,
+        num_draft: int | None = None,
         delta: float = DELTA,
         sampling: Sampling = GREEDY,
         stream: int = 0,
@@ -159,7 +185,8 @@ class Pair:
             prompt: a text, or a conversation: messages with "role" and "content", for
                 models with a chat template (see :func:`messages.read_prompt`).
             max_tokens, delta, sampling: of :class:`requests.Request`.
-            num_draft: of :class:`decoder.Engine`.
+            num_draft: K, draft tokens per round; None for as many as pay, which
+                :attr:`policy` finds out.
             stream: with another number a sample of the same seed is another one.
             keep_special: show special tokens, ``<extra_id_0>`` say, in the text, but
                 not what ends or pads it.
@@ -190,7 +217,7 @@ class Pair:
         prompts: "Iterable[str | list[dict[str, str]] | Question] | Source",
         *,
         batch_size: int | None = None,
-        num_draft: int = NUM_DRAFT,
+        num_draft: int | None = None,
         in_order: bool = True,
         keep_special: bool = False,
         **options: Any,
@@ -254,6 +281,7 @@ class Pair:
         yield from Answers(
             source, begin, engine_for, in_order, partial(self._require_latest, mine)
         )
+        self._remember_sometimes()
 
     def request(
         self,
@@ -276,22 +304,69 @@ class Pair:
         streams = stream, sample
         return Request(encoded, self.eos_tokens, max_tokens, delta, sampling, streams)
 
-    def engine(self, rows: int, num_draft: int = NUM_DRAFT) -> Engine:
+    def engine(self, rows: int, num_draft: int | None = None) -> Engine:
         """What decodes up to so many texts at once, on this pair's caches: whatever
         used them before is to be done. One at a time, where :attr:`batches` says so."""
         rows = rows if self.batches else min(rows, 1)
-        return Engine(self.target, self.drafter, num_draft=num_draft, rows=rows)
+        return Engine(
+            self.target,
+            self.drafter,
+            num_draft=self.policy if num_draft is None else num_draft,
+            lookup=self.lookup,
+            rows=rows,
+        )
 
-    def batch_size(self, prompt: int, answer: int, num_draft: int) -> int:
+    @cached_property
+    def policy(self) -> Auto:
+        """What decides how much is drafted where nobody says it.
+
+        It goes on from what it found out before, in this process or on this machine.
+        """
+        step = 0.1
+        if isinstance(self.drafter, ModelDrafter):
+            step = self.drafter.session.parameters / self.target.parameters
+        policy = Auto(
+            most_drafted(),
+            step=min(max(step, 0.02), 1.0),
+            token=0.03 if on_gpu() else 0.1,
+        )
+        if self._subject:
+            policy.restore(remembering.recall(self._subject))
+        return policy
+
+    @cached_property
+    def _subject(self) -> str | None:
+        """What costs and acceptance are of; None where that cannot be told."""
+        if self.folder is None:
+            return None
+        parts = [remembering.fingerprint(self.folder)]
+        if self.draft_folder:
+            parts.append(remembering.fingerprint(self.draft_folder))
+        parts += [LOOKUP] if self.lookup else []
+        return " with ".join(parts)
+
+    def remember(self) -> None:
+        """Keep what :attr:`policy` has found out, for the next run on this machine."""
+        if "policy" in self.__dict__ and self._subject:
+            remembering.remember(self._subject, self.policy.as_dict())
+
+    def _remember_sometimes(self) -> None:
+        """:meth:`remember`, if it is the first time or some time ago."""
+        if time.monotonic() - self._remembered > _SECONDS:
+            self._remembered = time.monotonic()
+            self.remember()
+
+    def batch_size(self, prompt: int, answer: int, num_draft: int | None) -> int:
         """How many texts, of prompts and answers of up to so many tokens, are decoded
         at once where nobody says how many."""
         free = memory.free()
         rows = MOST_ROWS
         # A pass has logits for every draft token, and judging makes more of them.
-        judged = 4 * 4 * (num_draft + 1) * self.target.vocabulary
+        size = _MANY if num_draft is None else num_draft
+        judged = 4 * 4 * (size + 1) * self.target.vocabulary
         while free is not None and rows > 1:
             size = rows * judged + self.target.batch_bytes(rows, prompt, answer)
-            if self.drafter and num_draft:
+            if self.drafter and num_draft != 0:
                 size += self.drafter.batch_bytes(rows, prompt, answer)
             if size <= SHARE * free:
                 break
@@ -366,7 +441,7 @@ class Pair:
         self,
         prompt: "str | list[dict[str, str]]",
         count: int,
-        num_draft: int,
+        num_draft: int | None,
         stream: int,
         **options: Any,
     ) -> Iterator[Commit]:
@@ -379,6 +454,7 @@ class Pair:
             for commit in engine.step():
                 yield commit
                 self._require_latest(mine)
+        self._remember_sometimes()
 
     def _require_latest(self, mine: object) -> None:
         if self._latest is not mine:

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 from console.choosing import NO_DRAFT
-from decoder import NUM_DRAFT
 from pair import LOOKUP, MOST_ROWS
 from speculation.requests import DELTA, MAX_TOKENS
 from speculation.sampling import COUPLINGS, GREEDY, RESIDUAL, SHARED
@@ -78,10 +77,16 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
     )
     add(
         "--num-draft",
-        type=int,
-        metavar="N",
-        default=NUM_DRAFT,
-        help="draft tokens per round; 0 for the target alone (default: %(default)s)",
+        type=_num_draft,
+        metavar="N|auto",
+        help="draft tokens per round; 0 for the target alone (default: auto, as many "
+        "as pay, and none where none do)",
+    )
+    add(
+        "--lookup",
+        action="store_true",
+        help="where the last words occurred before, in the prompt or the text, take "
+        "what followed them, and ask the draft model elsewhere",
     )
     add(
         "--delta",
@@ -220,6 +225,16 @@ def _add_sampling(add: Callable[..., Any]) -> None:
     option("forced-bos-token-id", int, "ID", "the id of the first token")
 
 
+def _num_draft(text: str) -> int | None:
+    """``5`` as a number; None for ``auto``."""
+    if text == "auto":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise ArgumentTypeError(f"'{text}' is neither auto nor a number") from None
+
+
 def _batch_size(text: str) -> int | None:
     """``8`` as a number; None for ``auto``."""
     if text == "auto":
@@ -259,6 +274,12 @@ def check_flags(arguments: Namespace) -> None:
         or arguments.draft_model == NO_DRAFT
     ):
         raise InputError("--compare needs a draft to compare with the target alone")
+    if arguments.lookup and (
+        arguments.regular_decode
+        or arguments.num_draft == 0
+        or arguments.draft_model == NO_DRAFT
+    ):
+        raise InputError("--lookup drafts: it does not go with the target alone")
     if arguments.system is not None and not arguments.chat:
         raise InputError("--system needs --chat")
     if arguments.keep_turns is not None:

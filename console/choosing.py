@@ -20,14 +20,19 @@ NO_DRAFT = "none"
 
 
 def choose_pair(
-    model: str | None, draft: str | None, *, plain: bool, unverified: bool
+    model: str | None,
+    draft: str | None,
+    *,
+    plain: bool,
+    unverified: bool,
+    lookup: bool = False,
 ) -> Pair:
     """Load the models that are asked for, or those that there are.
 
     Args:
         model, draft: as flags name them; None where they do not.
         plain: decode with the target alone: no draft is loaded.
-        unverified: of :meth:`pair.Pair.load`.
+        unverified, lookup: of :meth:`pair.Pair.load`.
 
     Raises:
         InputError: there are none, or they cannot be loaded.
@@ -39,7 +44,7 @@ def choose_pair(
             say("using the bundled pair: English to German, sentences of up to 8 words")
         else:
             say(f"using {model}" + (f" with {draft}" if not plain else ""))
-    pair_of = partial(Pair.load, unverified=unverified)
+    pair_of = partial(Pair.load, unverified=unverified, lookup=lookup and not plain)
     if plain or draft == NO_DRAFT:
         pair = pair_of(model)
     elif draft:

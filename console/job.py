@@ -214,7 +214,10 @@ def describe(arguments: Namespace, pair: Pair) -> dict[str, Any]:
     job["seed"] = arguments.seed or 0
     if _coupling(arguments) == SHARED:
         job["coupling"] = SHARED
-    plain = arguments.regular_decode or not arguments.num_draft or not pair.drafter
+    if not arguments.lookup:
+        del job["lookup"]  # which earlier records do not have
+    plain = arguments.regular_decode or arguments.num_draft == 0
+    plain = plain or not (pair.drafter or pair.lookup)
     job["model"] = _identity(pair.folder)
     job["draft-model"] = None if plain else _identity(pair.draft_folder)
     return job

@@ -86,7 +86,7 @@ class Program:
         prompt: str,
         before: Messages | None = None,
         roomy: bool = False,
-    ) -> Callable[[int], list[Generation]]:
+    ) -> Callable[[int | None], list[Generation]]:
         """What begins the answers to a prompt, with so many draft tokens a round.
 
         Args:
@@ -130,7 +130,7 @@ def main() -> int:
     check_flags(arguments)
     write = Writer(arguments)
     most = MAX_TOKENS if arguments.max_tokens is None else arguments.max_tokens
-    check_options(most, arguments.num_draft, arguments.delta)
+    check_options(most, arguments.num_draft or 0, arguments.delta)
     # What the files ask for is known later, and may make these go together.
     if not arguments.task_defaults:
         read_sampling(read_given(arguments), arguments.num_samples, arguments.delta)
@@ -152,6 +152,7 @@ def _answer(arguments: Namespace, write: Writer, job: Job | None = None) -> int:
         arguments.draft_model,
         plain=arguments.regular_decode or arguments.num_draft == 0,
         unverified=arguments.unverified,
+        lookup=arguments.lookup,
     )
     program = Program(arguments, pair, write)
     if job:

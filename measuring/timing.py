@@ -11,7 +11,6 @@ from tqdm import tqdm
 from measuring.variants import Answer, Cell, Variant
 from speculation.acceptance import Draft
 from speculation.drafting import Drafter
-from speculation.lookup import LookupDrafter
 from speculation.rounds import launch
 from speculation.samplers import RoundSampler, RowSampler, Rules
 from speculation.session import Session
@@ -79,14 +78,14 @@ def measure(
 
 
 def step_cost(
-    target: Session, drafter: Drafter, ids: list[int], cell: Cell
+    target: Session, drafter: Drafter | None, ids: list[int], cell: Cell
 ) -> Cost | None:
     """Time the steps of a round by themselves, alternating, on one prompt's ids.
 
     None where a model has not enough positions for that.
     """
     vocabulary, size = target.vocabulary, cell.num_draft
-    for positions in (target.positions, drafter.positions):
+    for positions in (target.positions, drafter and drafter.positions):
         if positions and len(ids) + COST_PREFIX + size > positions:
             return None
     begin = target.start([ids])[0]
@@ -95,7 +94,8 @@ def step_cost(
     # A decoder-only model has its prompt's tokens already, but the last.
     mx.eval(target.extend(mx.array([sequence[len(begin) - 1 : -1]])))
     known = len(sequence) - 1
-    drafter.start([ids])
+    if drafter:
+        drafter.start([ids])
     row = RowSampler(Rules(vocabulary, cell.sampling, cell.delta), sequence)
     tokens = mx.array(rng.integers(0, vocabulary, (1, size)).astype(np.int32))
     probs = None
@@ -111,6 +111,8 @@ def step_cost(
         return seconds
 
     def draft() -> float:
+        if drafter is None:
+            return 0.0  # what is looked up costs next to nothing
         began = time.perf_counter()
         sampler = RoundSampler([row], size)
         mx.eval(drafter.propose([sequence], size, sampler).tokens)
@@ -121,4 +123,4 @@ def step_cost(
         for _ in range(COST_REPEATS + 2)
     ][2:]
     medians = (statistics.median(column) for column in zip(*timed, strict=True))
-    return Cost(*medians, always=not isinstance(drafter, LookupDrafter))
+    return Cost(*medians, always=drafter is not None)

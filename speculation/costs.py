@@ -83,7 +83,7 @@ class Costs:
             share = np.log(np.maximum(np.exp(own) - 1, _LEAST))
             share -= np.log(np.maximum(np.exp(expected) - 1, _LEAST))
             lent = self._near * np.minimum(seen, _MOST_LENT)
-            weight = lent.sum(axis=1) + 0.02
+            weight = lent.sum(axis=1) + 1e-4
             beyond = (np.exp(expected) - 1) * np.exp(lent @ share / weight)
             # At first it goes by them, then ever more by itself.
             total = (weight * np.log1p(beyond) + seen * own) / (weight + seen)

@@ -33,6 +33,13 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 2, 512
 _FIRST_CREDIT, _CREDIT, _MOST_CREDIT = 1.5, 0.01, 4.0
 #: Giving the draft a prompt, in plain rounds, before it was timed.
 _ENTRY = 0.5
+#: Plain rounds that follow one that is to be timed: the first of them takes longer.
+_PLAIN_RUN = 2
+#: Tokens and texts that the mean length begins with.
+_TEXT = 32.0, 1.0
+#: The most kinds of rules whose acceptance is kept.
+_MOST_KINDS = 64
+#: Tokens after which the mean length of texts goes by half.
 _MOST_TOKENS = 4096
 
 
@@ -115,7 +122,7 @@ class Policy(Protocol):
         batch: int,
         plan: Plan,
         fates: Iterable[Fate],
-        seconds: float,
+        seconds: float | None,
         entering: float = 0.0,
         entered: int = 0,
     ) -> None:
@@ -123,7 +130,7 @@ class Policy(Protocol):
 
         Args:
             fates: of its rows.
-            seconds: that it took.
+            seconds: that it took; None where they say nothing.
             entering: seconds that it took before that to give the draft model the
                 prompts of so many rows, ``entered``.
         """
@@ -182,9 +189,10 @@ class Auto:
         self._costs: dict[int, Costs] = {}
         self._chances: dict[tuple[str, int], Chances] = {}
         self._entering: float | None = None  # seconds: the draft takes in a prompt
-        self._tokens, self._texts = 32.0, 1.0  # that were committed, that ended
+        self._tokens, self._texts = _TEXT  # that were committed, that ended
         self._pause = _FIRST_PAUSE  # plain rounds after which drafting is tried again
         self._quiet = 0  # those since it was
+        self._plain_more = 0  # plain rounds that are to come, to be timed
         self._settled = False  # whether the last plain round was for want of a gain
         self._balance = 0.0  # plain rounds that drafting has saved, lost if negative
         self._worth = 0.0  # plain rounds that all tokens would have taken
@@ -195,7 +203,10 @@ class Auto:
         plain = Plan(0, 0, (False,) * len(rows))
         self._settled = False
         if costs.rounds and costs.plain_seen < min(1 + costs.rounds / 8, KNOWN):
-            return plain  # what it costs has to be known, to compare with
+            # What it costs has to be known, to compare with.
+            self._plain_more = _PLAIN_RUN
+            return plain
+        self._plain_more = 0
         options = self._options(costs, rows)
         gains = np.where(options.risk <= self._credit, options.gain, -math.inf)
         model, size = np.unravel_index(gains.argmax(), gains.shape)
@@ -209,16 +220,17 @@ class Auto:
         elif self._quiet:
             self._quiet, self._pause = 0, _FIRST_PAUSE
         looked_up = options.prefers[:, size].tolist() if model else options.matched
-        self.drafting = self.drafting or bool(model)
-        return Plan(
-            int(size) if model else 0,
-            int(size),
-            tuple(looked_up),
-            float(options.gain[model, size]),
-        )
+        gain = float(options.gain[model, size])
+        # Newcomers' prompts are for the draft as well, if that pays.
+        share = len(rows) * self._entry(costs) * self._texts / self._tokens
+        self.drafting = bool(model) and 1 / (1 / gain + share) >= _LEAST_GAIN
+        return Plan(int(size) if model else 0, int(size), tuple(looked_up), gain)
 
     def stays_plain(self, batch: int, rows: Sequence[Prospect]) -> bool:
         """As :class:`Policy` has it."""
+        if self._plain_more:
+            self._plain_more -= 1
+            return True
         if not self._settled or self._quiet + 1 >= self._pause:
             return False
         if not any(row.found for row in rows):
@@ -230,7 +242,7 @@ class Auto:
         batch: int,
         plan: Plan,
         fates: Iterable[Fate],
-        seconds: float,
+        seconds: float | None,
         entering: float = 0.0,
         entered: int = 0,
     ) -> None:
@@ -238,7 +250,9 @@ class Auto:
         fates = list(fates)
         self.rounds[plan.size] += 1
         costs = self._costs_of(batch)
-        costs.observe(plan.steps > 0, plan.size, seconds)
+        model = int(plan.steps > 0)
+        if seconds is not None:
+            costs.observe(plan.steps > 0, plan.size, seconds)
         if entered:
             each = entering / entered
             known = self._entering
@@ -257,12 +271,13 @@ class Auto:
         worth = sum(fate.tokens for fate in fates) / max(1, len(fates))
         self._worth += worth
         if plan.size:
-            self._balance += worth - (seconds + entering) / costs.plain_seconds
+            self._balance += worth - costs.of[model, plan.size]
+            self._balance -= entered * self._entry(costs)
             self._balance = min(self._balance, _MOST_CREDIT)
             if self._settled:  # it was a try
                 stood = any(fate.taken for fate in fates)
                 # Tries may take a hundredth of the time.
-                most = (costs.of[int(plan.steps > 0), plan.size] - 1) / _CREDIT
+                most = (costs.of[model, plan.size] - 1) / _CREDIT
                 longer = min(2 * self._pause, max(_FIRST_PAUSE, most), _LONGEST_PAUSE)
                 self._quiet, self._pause = 0, _FIRST_PAUSE if stood else longer
         elif self._settled:
@@ -331,6 +346,44 @@ class Auto:
         if self._entering is None or costs.plain_seconds is None:
             return _ENTRY
         return self._entering / costs.plain_seconds
+
+    def as_dict(self) -> dict[str, Any]:
+        """What :meth:`restore` takes, for a file."""
+        return {
+            "most": self.most,
+            "costs": {str(rows): each.as_dict() for rows, each in self._costs.items()},
+            "chances": [
+                [kind, match, each.as_list()]
+                for (kind, match), each in list(self._chances.items())[-_MOST_KINDS:]
+            ],
+            "entering": self._entering,
+            "length": self._tokens / self._texts,
+            "pause": self._pause,
+        }
+
+    def restore(self, value: Any) -> None:
+        """Go on from what :meth:`as_dict` gave; from nothing, where that is odd."""
+        try:
+            self._restore(value)
+        except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError):
+            self._costs, self._chances, self._entering = {}, {}, None
+            self._tokens, self._texts, self._pause = *_TEXT, _FIRST_PAUSE
+
+    def _restore(self, value: Any) -> None:
+        if value["most"] != self.most:
+            raise ValueError("this is of another policy")
+        for rows, its in value["costs"].items():
+            self._costs_of(int(rows)).restore(its)
+        for kind, match, its in value["chances"]:
+            self._chances_of(str(kind), int(match)).restore(its)
+        entering, length = value["entering"], float(value["length"])
+        if entering is not None and not 0 <= float(entering) < 3600:
+            raise ValueError("this is no time")
+        if not 1 <= length < 1e6:
+            raise ValueError("this is no length")
+        self._entering = None if entering is None else float(entering)
+        self._tokens, self._texts = 4 * length, 4.0
+        self._pause = min(max(int(value["pause"]), _FIRST_PAUSE), _LONGEST_PAUSE)
 
     def _costs_of(self, batch: int) -> Costs:
         if batch not in self._costs:

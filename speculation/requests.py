@@ -25,6 +25,9 @@ class Stats:
         accepted: draft tokens committed.
         accept_histogram: at [i] the rounds that committed i draft tokens, up to the
             most that one did.
+        found: of ``tested``, those that were looked up.
+        found_accepted: of ``accepted``, likewise.
+        sizes: how many tokens its rounds drafted, in order, as (tokens, rounds).
         encode_seconds: encoding the prompt, by both models.
         decode_seconds: from there to the last token of this prompt, what the caller
             does between the commits included.
@@ -37,6 +40,9 @@ class Stats:
     tested: int = 0
     accepted: int = 0
     accept_histogram: list[int] = field(default_factory=list)
+    found: int = 0
+    found_accepted: int = 0
+    sizes: list[tuple[int, int]] = field(default_factory=list)
     encode_seconds: float = 0.0
     decode_seconds: float = 0.0
     peak_memory_bytes: int = 0
@@ -58,7 +64,9 @@ class Stats:
 
     def copy(self) -> "Stats":
         """The figures as they are now."""
-        return replace(self, accept_histogram=list(self.accept_histogram))
+        return replace(
+            self, accept_histogram=list(self.accept_histogram), sizes=list(self.sizes)
+        )
 
     @classmethod
     def of_batch(cls, rows: "list[Stats]", together: bool = True) -> "Stats":
@@ -77,6 +85,9 @@ class Stats:
             accepted=sum(row.accepted for row in rows),
             # A row that was never begun has none.
             accept_histogram=list(map(sum, zip_longest(*histograms, fillvalue=0))),
+            found=sum(row.found for row in rows),
+            found_accepted=sum(row.found_accepted for row in rows),
+            sizes=rows[0].sizes if len(rows) == 1 else [],
             encode_seconds=all_of(row.encode_seconds for row in rows),
             decode_seconds=all_of(row.decode_seconds for row in rows),
             peak_memory_bytes=max(row.peak_memory_bytes for row in rows),
@@ -92,6 +103,8 @@ class Stats:
             "alpha": self.alpha,
             "tokens_per_round": self.tokens_per_round,
             "accept_histogram": self.accept_histogram,
+            "found": self.found,
+            "found_accepted": self.found_accepted,
             "encode_seconds": self.encode_seconds,
             "decode_seconds": self.decode_seconds,
             "tokens_per_second": self.tokens_per_second,

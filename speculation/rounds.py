@@ -6,22 +6,11 @@ import mlx.core as mx
 import numpy as np
 
 from speculation.acceptance import Draft
+from speculation.policy import Plan
 from speculation.rows import Outcome, Row
 from speculation.samplers import RoundSampler
 from speculation.session import Session
 from system.errors import InputError
-
-
-def judged_counts(draft: Draft, most: list[int]) -> list[int] | None:
-    """How many tokens of each row's draft are to be judged; None for all.
-
-    No more than its budget can take: where a neighbour has more left, this row's text
-    is still the one it would have alone.
-    """
-    size = draft.tokens.shape[1]
-    counts = draft.counts or [size] * len(most)
-    counts = [min(pair) for pair in zip(counts, most, strict=True)]
-    return None if min(counts) == size else counts
 
 
 @dataclass
@@ -33,15 +22,18 @@ class Round:
     counts: list[int] | None
     logits: mx.array  # the model's own, to say what is wrong with them
     rows: "list[Row | None]" = field(default_factory=list)  # whose it is
+    plan: Plan | None = None
+    found: list[bool] | None = None  # which rows' drafts were looked up
 
     def read(self) -> list["Outcome"]:
         """Wait for it: what became of each row's draft."""
         report = np.array(self.report).tolist()
         counts = self.counts or [None] * len(report)
+        found = self.found or [False] * len(report)
         return [
-            Outcome(accepted, finite, next_token, draft[:count])
-            for (accepted, finite, next_token, *draft), count in zip(
-                report, counts, strict=True
+            Outcome(accepted, finite, next_token, draft[:count], has)
+            for (accepted, finite, next_token, *draft), count, has in zip(
+                report, counts, found, strict=True
             )
         ]
 

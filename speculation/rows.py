@@ -19,6 +19,7 @@ class Outcome(NamedTuple):
     finite: int  # positions with usable logits, from the left
     next_token: int  # the target's own, after those
     draft: list[int]
+    found: bool = False  # whether that was looked up
 
 
 class Row:
@@ -26,10 +27,13 @@ class Row:
 
     Attributes:
         id: its request's number.
+        kind: of its rules.
         sampler: how its tokens are chosen.
         sequence: the tokens that decoding started from and those committed since.
         budget: tokens that it may still get.
-        drafted: whether the drafter has it.
+        drafted: whether anything is drafted for it.
+        asked: whether the draft model may be asked.
+        entered: whether the draft model has its prompt.
         apart: whether it is to be begun with by itself.
         finished: whether it gets no more.
     """
@@ -40,7 +44,9 @@ class Row:
         self.sampler: RowSampler | None = None
         self.sequence: list[int] = []
         self.budget = request.max_tokens
-        self.drafted = self.apart = self.finished = False
+        self.drafted = True
+        self.asked = self.entered = self.apart = self.finished = False
+        self.kind = rules.kind
         self._rules = rules
         self._stats = Stats()
         # The last token of a budget is the target's own, where that is what a draft
@@ -109,7 +115,7 @@ class Row:
         if outcome.finite < len(block):
             if draft:
                 self.drafted = False
-                self._count(len(draft), 0, 0)
+                self._count(outcome, 0, 0)
                 return None
             return self.fail(fault())
         self.sequence += block
@@ -119,19 +125,26 @@ class Row:
         self.finished = reason is not None
 
         taken = min(accepted, len(block))
-        self._count(len(draft), taken, taken < len(block) and accepted < len(draft))
+        self._count(outcome, taken, taken < len(block) and accepted < len(draft))
         stats = self._stats
         stats.new_tokens += len(block)
         stats.decode_seconds = time.perf_counter() - self._started
         stats.peak_memory_bytes = mx.get_peak_memory()
         return Commit(self.id, block, taken, reason, stats.copy())
 
-    def _count(self, drafted: int, accepted: int, rejected: int) -> None:
+    def _count(self, outcome: Outcome, accepted: int, rejected: int) -> None:
         """A round, of which so many draft tokens were judged."""
-        stats = self._stats
+        stats, drafted = self._stats, len(outcome.draft)
         stats.rounds += 1
         stats.drafted += drafted
         stats.accepted += accepted
         stats.tested += accepted + rejected
+        if outcome.found:
+            stats.found += accepted + rejected
+            stats.found_accepted += accepted
         stats.accept_histogram += [0] * (accepted + 1 - len(stats.accept_histogram))
         stats.accept_histogram[accepted] += 1
+        last, times = stats.sizes.pop() if stats.sizes else (drafted, 0)
+        stats.sizes += (
+            [(last, times + 1)] if last == drafted else [(last, times), (drafted, 1)]
+        )

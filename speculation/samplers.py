@@ -57,6 +57,15 @@ class Rules:
         object.__setattr__(self, "shared", shared)
 
     @property
+    def kind(self) -> str:
+        """What rules have in common that accept alike, more or less."""
+        sampling = self.sampling
+        if sampling.greedy:
+            return f"greedy, delta {self.delta:g}"
+        how = "shared" if self.shared else f"delta {self.delta:g}"
+        return f"temperature {sampling.temperature:g}, {how}"
+
+    @property
     def chosen(self) -> bool:
         """Whether a draft token has to be the one that the target chooses."""
         return self.delta == 0 and (self.sampling.greedy or self.shared)
@@ -183,6 +192,7 @@ class RoundSampler:
         rows: list[RowSampler | None],
         num_draft: int = 0,
         following: mx.array | None = None,
+        certain: Collection[bool] | None = None,
     ):
         """
         Args:
@@ -191,16 +201,20 @@ class RoundSampler:
             num_draft: the most tokens that are drafted.
             following: (B,) the token after the committed ones, where only the device
                 has it yet.
+            certain: for each row, whether its draft has no law; None for none.
         """
         self.last = following
         if following is None:
             self.last = mx.array([row.last if row else 0 for row in rows])
         self.ends = [row.rules.eos_tokens if row else frozenset() for row in rows]
         # Nobody's rows are of the first group, so that one may be the whole batch.
-        first = next(row.rules for row in rows if row)
-        places: dict[Rules, list[int]] = {}
-        for place, row in enumerate(rows):
-            places.setdefault(row.rules if row else first, []).append(place)
+        certain = certain or [False] * len(rows)
+        first = next(
+            (row.rules, sure) for row, sure in zip(rows, certain, strict=True) if row
+        )
+        places: dict[tuple[Rules, bool], list[int]] = {}
+        for place, (row, sure) in enumerate(zip(rows, certain, strict=True)):
+            places.setdefault((row.rules, sure) if row else first, []).append(place)
         self._groups = [
             _Group(
                 rules,
@@ -209,8 +223,9 @@ class RoundSampler:
                 self.last if len(places) == 1 else self.last[mx.array(its)],
                 following is not None,
             )
-            for rules, its in places.items()
+            for (rules, _), its in places.items()
         ]
+        self._certain = [sure for _, sure in places]
         if len(places) > 1:
             self._rows = [mx.array(its) for its in places.values()]
             self._order = mx.argsort(mx.concatenate(self._rows))
@@ -255,10 +270,12 @@ class RoundSampler:
             group.judge(
                 logits[rows],
                 draft.tokens[rows],
-                None if draft.probs is None else draft.probs[rows],
+                None if draft.probs is None or certain else draft.probs[rows],
                 None if counts is None else counts[rows],
             )
-            for group, rows in zip(self._groups, self._rows, strict=True)
+            for group, rows, certain in zip(
+                self._groups, self._rows, self._certain, strict=True
+            )
         ]
         return Verdict(*map(self._join, zip(*verdicts, strict=True)))
 
@@ -292,9 +309,8 @@ class _Group:
                 if row:
                     keys[place] = row.keys(int(follows), 1 + num_draft)
             self._keys = mx.array(keys)
-            self._noise: list[
-                mx.array
-            ] = []  # of the first positions, as they are asked
+            # Of the first positions, as they are asked for.
+            self._noise: list[mx.array] = []
         elif not rules.sampling.greedy:
             # For the target's own token, then for each draft token one to draw it by
             # and one to judge it by.

@@ -16,6 +16,17 @@ def on_gpu() -> bool:
     return mx.default_device() == mx.gpu
 
 
+def on_metal() -> bool:
+    """Whether it is Apple's."""
+    return on_gpu() and mx.metal.is_available()
+
+
+def most_drafted() -> int:
+    """The most draft tokens that a pass takes well, with the one before them: Metal's
+    attention for few queries is for 8 of them."""
+    return 7 if on_metal() else 16
+
+
 def compute_early(*arrays: mx.array) -> None:
     """Have a CPU compute these while Python builds what comes next.
 

@@ -32,7 +32,7 @@ from architectures.causal_session import CausalSession
 from architectures.verified import ROWS
 from decoder import generate
 from speculation.drafting import ModelDrafter
-from speculation.lookup import LookupDrafter
+from speculation.lookup import Lookup
 from speculation.requests import Stats
 
 VOCABULARY = 96
@@ -294,7 +294,7 @@ class Texts:
     def equal(self, rows: int) -> bool:
         """Whether so many prompts together have these texts: plain, drafted by the
         other model, by lookup."""
-        good, lookup = ModelDrafter(self.draft), LookupDrafter()
+        good, lookup = ModelDrafter(self.draft), Lookup()
         same = []
         for drafter, num_draft in ((None, 0), (good, 1), (lookup, 4), (good, 4)):
             texts: list[list[int]] = [[] for _ in range(rows)]

@@ -1,8 +1,11 @@
-"""A drafter without a model or a rule, for tests: it does as it is told."""
+"""A drafter and a policy without a model or a rule, for tests."""
+
+import random
 
 import mlx.core as mx
 
 from speculation.acceptance import Draft
+from speculation.policy import Plan
 
 
 class Scripted:
@@ -33,3 +36,36 @@ class Scripted:
         rows = [self.guess(sequence, num_draft) for sequence in sequences]
         counts = self.ragged and [self.ragged(s) % (num_draft + 1) for s in sequences]
         return Draft(mx.array(rows, mx.int32), counts=counts)
+
+
+class Whims:
+    """A policy that drafts what occurs to it: any number, from the model or found."""
+
+    def __init__(self, seed, most=8):
+        self.most = most
+        self.random = random.Random(seed)
+
+    @property
+    def drafting(self):
+        return self.random.random() < 0.5
+
+    def choose(self, batch, rows):
+        likes = [row.found > 0 and self.random.random() < 0.7 for row in rows]
+        both = list(zip(rows, likes, strict=True))
+        most = max(row.most for row in rows)
+        found = max(
+            (min(row.found, row.most) for row, has in both if has),
+            default=0,
+        )
+        asked = any(row.model and row.most and not has for row, has in both)
+        steps = self.random.randint(0, most) if asked and most else 0
+        size = steps or self.random.randint(0, found)
+        return Plan(steps, size, tuple(likes) if size else (False,) * len(rows))
+
+    def stays_plain(self, batch, rows):
+        return self.random.random() < 0.5
+
+    def observe(self, batch, plan, fates, seconds, entering=0.0, entered=0):
+        for fate in fates:
+            assert 0 <= fate.taken <= fate.drafted <= self.most
+            assert fate.tokens >= fate.taken

@@ -16,7 +16,7 @@ from architectures.t5_session import T5Session
 from decoder import generate
 from speculation import drafting
 from speculation.drafting import ModelDrafter
-from speculation.lookup import LookupDrafter
+from speculation.lookup import Lookup
 from speculation.samplers import RoundSampler, RowSampler, Rules
 from speculation.sampling import Sampling
 from system.errors import InputError
@@ -83,7 +83,7 @@ def drafters(tiny, make):
         "always the end": Scripted(lambda sequence, n: [1] * n),
         "no such id": Scripted(lambda sequence, n: ([10**6, -5] * n)[:n]),
         "nothing, now and then": Scripted(lambda s, n: [s[-1]] * n, ragged=len),
-        "lookup": LookupDrafter(),
+        "lookup": Lookup(),
     }
 
 
@@ -346,7 +346,7 @@ def test_broken_draft_cannot_harm(make, target, plain):
 @pytest.mark.parametrize("name", ["good", "lookup", None])
 def test_another_budget_cuts_the_text_off(target, drafters, name, delta):
     """What a round draws does not depend on how many tokens are left."""
-    drafter = LookupDrafter() if name == "lookup" else drafters.get(name)
+    drafter = Lookup() if name == "lookup" else drafters.get(name)
     for seed, temperature in ((1, 0.7), (2, 1.0), (3, 0.0)):
         options = {
             "sampling": Sampling(temperature=temperature, seed=seed),

@@ -21,7 +21,7 @@ from architectures.t5_session import T5Session
 from decoder import Engine
 from speculation import session
 from speculation.drafting import ModelDrafter
-from speculation.lookup import LookupDrafter
+from speculation.lookup import Lookup
 from speculation.requests import Request, Stats
 from speculation.sampling import GREEDY, Sampling
 from system import fast_blas, memory
@@ -98,7 +98,7 @@ def families(tiny, make, tmp_path_factory):
                 "no such id": Scripted(lambda s, n: ([10**6, -5] * n)[:n]),
                 "always the end": Scripted(lambda s, n: [1] * n),
                 "now and then": Scripted(lambda s, n: [s[-1]] * n, ragged=len),
-                "lookup": LookupDrafter(),
+                "lookup": Lookup(),
             },
         )
         for kind, (target, alone, good) in found.items()

@@ -24,8 +24,7 @@ from architectures.causal_session import CausalSession
 from architectures.row_cache import RowCache
 from pair import LOOKUP, Pair
 from speculation.drafting import ModelDrafter
-from speculation.lookup import LookupDrafter
-from speculation.samplers import RoundSampler, RowSampler, Rules
+from speculation.lookup import Lookup
 from system import memory
 from system.errors import InputError, TooLongError
 
@@ -67,7 +66,7 @@ def drafters(saved, kind):
         "padded": ModelDrafter(wide),
         "no such id": Scripted(lambda sequence, n: ([10**6, -5] * n)[:n]),
         "now and then": Scripted(lambda s, n: [s[-1]] * n, ragged=len),
-        "lookup": LookupDrafter(),
+        "lookup": Lookup(),
     }
 
 
@@ -115,7 +114,7 @@ def test_end_of_sequence_at_every_position(saved):
     text = generated(oracle, PROMPTS[0], 40)
     good = drafters(saved, "llama")["good"]
     for end in sorted(text.index(token) for token in set(text)):
-        for drafter in (None, good, LookupDrafter()):
+        for drafter in (None, good, Lookup()):
             tokens, reasons, _ = decode(
                 target, drafter, PROMPTS[:1], eos_tokens={text[end]}, max_tokens=45
             )
@@ -256,14 +255,9 @@ def test_law(saved, tmp_path):
 
 def lookup(prompt, sequences, count=5):
     """What the lookup proposes after each of the growing texts of one row."""
-    drafter = LookupDrafter()
-    drafter.start([prompt])
-    found = []
-    for sequence in sequences:
-        sampler = RoundSampler([RowSampler(Rules(99), sequence)])
-        draft = drafter.propose([sequence], count, sampler)
-        found.append(np.array(draft.tokens)[0, : draft.counts[0]].tolist())
-    return found
+    its = Lookup()
+    its.start([prompt])
+    return [its.find(0, sequence, count, frozenset()).tokens for sequence in sequences]
 
 
 def test_lookup_proposes_what_followed():

@@ -1,0 +1,250 @@
+"""Who drafts for the rows of a batch: a draft model, what was looked up, or nobody."""
+
+import sys
+import time
+
+import mlx.core as mx
+import numpy as np
+
+from speculation.acceptance import Draft
+from speculation.drafting import Drafter
+from speculation.lookup import NOTHING, Found, Lookup
+from speculation.policy import Fate, Plan, Policy, Prospect
+from speculation.requests import Commit
+from speculation.rows import Outcome, Row
+from speculation.samplers import RoundSampler
+from speculation.session import Preparing, finish
+from system.errors import PromptError
+
+#: What is fed to a row that the draft model does not have.
+NOBODYS = [0]
+
+
+class Proposer:
+    """The drafts of a batch, as a policy wants them.
+
+    What was looked up costs nothing and is there before a round is planned; the draft
+    model is given a prompt only when it is first asked about its row.
+
+    Attributes:
+        policy: decides what is drafted.
+    """
+
+    def __init__(
+        self,
+        drafter: Drafter | None,
+        lookup: Lookup | None,
+        policy: Policy,
+        positions: int,
+    ):
+        """``positions``: that the target has."""
+        self.policy = policy
+        self._drafter = drafter
+        self._lookup = lookup
+        self._positions = positions
+        self._draft_positions = (drafter and drafter.positions) or sys.maxsize
+        self._begun = False  # whether the draft model has the batch
+        self._found: list[Found] = []
+        self._entering, self._entered = 0.0, 0
+
+    # Rows.
+
+    def start(self, rows: list[Row]) -> None:
+        """A batch begins with these rows."""
+        self._begun = False
+        self._admit(rows)
+        if self._lookup:
+            self._lookup.start([row.request.prompt for row in rows])
+
+    def prepare(self, newcomers: list[Row]) -> Preparing:
+        """Give the draft model the prompts of rows that are to come, if it is in use;
+        as :meth:`Session.prepare`."""
+        self._admit(newcomers)
+        if not (self._begun and self.policy.drafting):
+            return None
+        return (yield from self._drafter.prepare(_prompts(newcomers)))
+
+    def put(self, places: list[int], newcomers: list[Row], prepared: object) -> None:
+        """Have what was prepared in these rows of the batch."""
+        if prepared is not None:
+            self._drafter.put(places, prepared)
+            for row in newcomers:
+                row.entered = row.asked
+        if self._lookup:
+            self._lookup.put(places, [row.request.prompt for row in newcomers])
+
+    def take(self, rows: list[int], blank: int) -> None:
+        """As :meth:`Session.take`."""
+        if self._begun:
+            self._drafter.take(rows, blank)
+        if self._lookup:
+            self._lookup.take(rows, blank)
+
+    def batch_bytes(self, rows: int, prompt: int, answer: int) -> int:
+        """As :meth:`Session.batch_bytes`."""
+        if self._drafter is None:
+            return 0
+        return self._drafter.batch_bytes(rows, prompt, answer)
+
+    def _admit(self, rows: list[Row]) -> None:
+        for row in rows:
+            room = len(row.request.prompt) < self._draft_positions
+            row.asked = self._drafter is not None and room
+            row.entered = False
+
+    # Rounds.
+
+    def plan(self, rows: list[Row | None]) -> Plan:
+        """What is drafted in the next round; the draft model has what it needs for
+        that."""
+        while True:
+            prospects = self._prospects(rows)
+            plan = self.policy.choose(len(rows), prospects)
+            if not plan.steps or self._enter(rows, plan):
+                return plan
+
+    def stays_plain(self, rows: list[Row | None]) -> bool:
+        """As :meth:`Policy.stays_plain`."""
+        return self.policy.stays_plain(len(rows), self._prospects(rows))
+
+    def propose(
+        self, rows: list[Row | None], plan: Plan, sampler: RoundSampler
+    ) -> Draft | None:
+        """The draft of a round; None of a plain one."""
+        if not plan.size:
+            return None
+        found = self.looked_up(rows, plan)
+        size, counts = plan.size, None
+        if plan.steps:
+            sequences = [
+                row.sequence if row and row.entered else NOBODYS for row in rows
+            ]
+            draft = self._drafter.propose(sequences, plan.steps, sampler)
+            size, counts = draft.tokens.shape[1], draft.counts
+        else:
+            draft = Draft(mx.zeros((len(rows), size), mx.int32))
+        if any(found):
+            known = np.zeros((len(rows), size), np.int32)
+            for place, has in enumerate(found):
+                if has:
+                    tokens = self._found[place].tokens[:size]
+                    known[place, : len(tokens)] = tokens
+            draft.tokens = mx.where(
+                mx.array(found)[:, None], mx.array(known), draft.tokens
+            )
+        judged = []
+        for place, row in enumerate(rows):
+            its = size if counts is None else counts[place]
+            if row and found[place]:
+                its = len(self._found[place].tokens)
+            elif row and not (plan.steps and row.entered):
+                its = 0
+            # No more than its budget can take: where a neighbour has more left, this
+            # row's text is still the one it would have alone.
+            judged.append(min(its, size, row.most_drafted) if row else size)
+        draft.counts = None if min(judged) == size else judged
+        return draft
+
+    def looked_up(self, rows: list[Row | None], plan: Plan) -> list[bool]:
+        """Which rows, nobody's too, take what was found for them."""
+        chosen = iter(plan.looked_up)
+        return [bool(row) and next(chosen) for row in rows]
+
+    def observe(
+        self,
+        plan: Plan,
+        seen: list[tuple[int, Row, Outcome, Commit | None]],
+        batch: int,
+        seconds: float | None,
+    ) -> None:
+        """Have the policy know what became of a round of so many rows.
+
+        Args:
+            seen: the places of rows, what became of their drafts, and what was added.
+            seconds: None where they say nothing.
+        """
+        fates = [
+            Fate(
+                row.kind,
+                self._found[place].match if outcome.found else 0,
+                len(outcome.draft),
+                commit.accepted if commit else 0,
+                len(commit.tokens) if commit else 0,
+                row.finished,
+            )
+            for place, row, outcome, commit in seen
+        ]
+        self.policy.observe(batch, plan, fates, seconds, self._entering, self._entered)
+        self._entering, self._entered = 0.0, 0
+
+    def _prospects(self, rows: list[Row | None]) -> list[Prospect]:
+        """What there could be for each row that is somebody's."""
+        longest = max(len(row.sequence) for row in rows if row)
+        # A row without room would be fed what it has no positions for.
+        left = self._positions - longest
+        self._found = [NOTHING] * len(rows)
+        prospects = []
+        for place, row in enumerate(rows):
+            if row is None:
+                continue
+            room = self._draft_positions - len(row.sequence)
+            row.asked &= room >= min(self.policy.most, row.most_drafted)
+            most = max(0, min(self.policy.most, row.most_drafted, left))
+            if self._lookup and most:
+                self._found[place] = self._lookup.find(
+                    place, row.sequence, most, row.request.eos_tokens
+                )
+            found = self._found[place]
+            prospects.append(
+                Prospect(
+                    row.kind,
+                    most,
+                    row.asked,
+                    row.entered,
+                    len(found.tokens),
+                    found.match,
+                )
+            )
+        return prospects
+
+    def _enter(self, rows: list[Row | None], plan: Plan) -> bool:
+        """Give the draft model the prompts that a plan needs; False where it has no
+        room for them: its rows are asked about no more."""
+        found = self.looked_up(rows, plan)
+        places = [
+            place
+            for place, row in enumerate(rows)
+            if row
+            and row.asked
+            and row.drafted
+            and not row.entered
+            and not found[place]
+        ]
+        if not places:
+            return True
+        newcomers = [rows[place] for place in places]
+        began = time.perf_counter()
+        try:
+            if self._begun:
+                prepared = finish(self._drafter.prepare(_prompts(newcomers)))
+                self._drafter.put(places, prepared)
+            else:
+                prompts = [NOBODYS] * len(rows)
+                for place in places:
+                    prompts[place] = rows[place].request.prompt
+                self._drafter.start(prompts)
+                self._begun = True
+        except PromptError:
+            for row in newcomers:
+                row.asked = False
+            return False
+        for row in newcomers:
+            row.entered = True
+        self._entering += time.perf_counter() - began
+        self._entered += len(newcomers)
+        return True
+
+
+def _prompts(rows: list[Row]) -> list[list[int]]:
+    """What the draft model is given: of a prompt that it has no room for, nothing."""
+    return [row.request.prompt if row.asked else NOBODYS for row in rows]
