@@ -160,6 +160,11 @@ class Pair:
         sessions = [drafts.session] if isinstance(drafts, ModelDrafter) else []
         return all(session.batches for session in (self.target, *sessions))
 
+    @property
+    def drafts(self) -> bool:
+        """Whether there is anybody to draft."""
+        return self.drafter is not None or self.lookup is not None
+
     def generate(self, prompt: str, **options: Any) -> Generation:
         """Answer a prompt; the options are those of :meth:`samples`."""
         (answer,) = self.samples(prompt, 1, **options)

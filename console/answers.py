@@ -90,6 +90,8 @@ def report(stats: Stats, verbose: bool) -> None:
         say(
             f"draft: {judged} stood (alpha {stats.alpha:.2f}), {stats.drafted} proposed"
         )
+    if stats.found:
+        say(f"looked up: {stats.found_accepted} of {stats.found} of these")
     say(
         f"time: {stats.encode_seconds:.3f} s encoding, {stats.decode_seconds:.3f} s "
         f"decoding ({stats.tokens_per_second:.1f} tokens/s)"
@@ -97,6 +99,16 @@ def report(stats: Stats, verbose: bool) -> None:
     say(f"memory: {stats.peak_memory_bytes / 1e6:.0f} MB at most")
     if verbose:
         say(f"rounds by draft tokens committed: {stats.accept_histogram}")
+        if stats.sizes:
+            say(f"draft tokens by round: {in_runs(stats.sizes)}")
+
+
+def in_runs(sizes: list[tuple[int, int]]) -> str:
+    """``[(0, 1), (5, 3)]`` as ``0, 5 x3``; the last of many."""
+    shown = [
+        str(size) if times == 1 else f"{size} x{times}" for size, times in sizes[-40:]
+    ]
+    return ", ".join([*(["..."] if len(sizes) > 40 else []), *shown])
 
 
 class Writer:

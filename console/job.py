@@ -217,7 +217,7 @@ def describe(arguments: Namespace, pair: Pair) -> dict[str, Any]:
     if not arguments.lookup:
         del job["lookup"]  # which earlier records do not have
     plain = arguments.regular_decode or arguments.num_draft == 0
-    plain = plain or not (pair.drafter or pair.lookup)
+    plain = plain or not pair.drafts
     job["model"] = _identity(pair.folder)
     job["draft-model"] = None if plain else _identity(pair.draft_folder)
     return job

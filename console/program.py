@@ -116,7 +116,11 @@ class Program:
     def _report(self, answers: list[Generation]) -> None:
         """Say the figures of a prompt's answers."""
         stats = [one.stats for one in answers]
-        report(Stats.of_batch(stats, self._pair.batches), self._arguments.verbose)
+        verbose = self._arguments.verbose
+        report(Stats.of_batch(stats, self._pair.batches), verbose)
+        if verbose and self._arguments.num_draft is None and self._pair.drafts:
+            for line in self._pair.policy.reasons():
+                say(line)
 
 
 def main() -> int:
@@ -155,9 +159,12 @@ def _answer(arguments: Namespace, write: Writer, job: Job | None = None) -> int:
         lookup=arguments.lookup,
     )
     program = Program(arguments, pair, write)
-    if job:
-        return program.answer_file(job)
-    if arguments.interactive:
-        program.converse()
-        return 0
-    return program.answer_prompts()
+    try:
+        if job:
+            return program.answer_file(job)
+        if arguments.interactive:
+            program.converse()
+            return 0
+        return program.answer_prompts()
+    finally:
+        pair.remember()

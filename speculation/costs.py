@@ -34,6 +34,7 @@ class Costs:
     Attributes:
         rounds: that were timed.
         plain_seen: how often a plain one was, lately.
+        seen: (2, most + 1), how often others were, as :attr:`of` has them.
     """
 
     def __init__(self, most: int, step: float, token: float):
@@ -51,7 +52,7 @@ class Costs:
         steps = np.stack([0 * size, size])
         self._expected = np.log(1 + token * size + step * steps)
         self._corrections = np.zeros((2, most + 1))  # to add, logarithms
-        self._seen = np.zeros((2, most + 1))  # how often, lately
+        self.seen = np.zeros((2, most + 1))  # how often, lately
         far = (steps.reshape(-1, 1) - steps.reshape(-1)) ** 2
         far += (np.tile(size, 2)[:, None] - np.tile(size, 2)) ** 2
         self._near = 1 / (1 + 4 * far) - np.eye(2 * (most + 1))
@@ -68,7 +69,7 @@ class Costs:
         """The most tokens of a draft that has a cost of its own."""
         if self._farthest is None:
             self._farthest = int(
-                (self._seen >= 1).any(axis=0).nonzero()[0].max(initial=0)
+                (self.seen >= 1).any(axis=0).nonzero()[0].max(initial=0)
             )
         return self._farthest
 
@@ -77,7 +78,7 @@ class Costs:
         """What rounds cost (2, most + 1): without and with steps of the model, at [K]
         tokens."""
         if self._of is None:
-            seen, expected = self._seen.reshape(-1), self._expected.reshape(-1)
+            seen, expected = self.seen.reshape(-1), self._expected.reshape(-1)
             own = expected + self._corrections.reshape(-1)
             # What a round costs beyond a plain one goes for its neighbours as well.
             share = np.log(np.maximum(np.exp(own) - 1, _LEAST))
@@ -87,14 +88,14 @@ class Costs:
             beyond = (np.exp(expected) - 1) * np.exp(lent @ share / weight)
             # At first it goes by them, then ever more by itself.
             total = (weight * np.log1p(beyond) + seen * own) / (weight + seen)
-            self._of = np.exp(total).reshape(self._seen.shape)
+            self._of = np.exp(total).reshape(self.seen.shape)
             self._of[:, 0] = 1
         return self._of
 
     @property
     def at_best(self) -> np.ndarray:
         """What they cost at best: less than it seems, while that is a guess."""
-        return self.of * (1 - _UNSURE / (1 + self._seen) ** 2)
+        return self.of * (1 - _UNSURE / (1 + self.seen) ** 2)
 
     def observe(self, model: bool, size: int, seconds: float) -> None:
         """Take in the seconds of a round that drafted ``size`` tokens."""
@@ -110,7 +111,7 @@ class Costs:
             self._observe_plain(surprise)
 
     def _observe_draft(self, kind: tuple[int, int], surprise: float) -> None:
-        seen = self._seen[kind]
+        seen = self.seen[kind]
         known = math.log(self.of[kind]) - self._expected[kind]
         if seen < KNOWN:
             # What is off by much may be the device's first round of its kind, or an
@@ -119,14 +120,14 @@ class Costs:
             surprise = min(max(surprise, -_SURPRISE), _SURPRISE)
             if not seen:
                 self._corrections[kind] = known
-            self._seen[kind] = seen + weight
+            self.seen[kind] = seen + weight
             self._corrections[kind] += surprise * weight / (seen + weight)
             self._of = self._farthest = None
             return
         surprise = min(max(surprise, -_SURPRISE), _SURPRISE)
         self._plain += _SPEED_GAIN * surprise
         self._corrections[kind] += max(_KIND_GAIN, 0.3 / seen) * surprise
-        self._seen[kind] = min(seen + 1, _MOST_SEEN)
+        self.seen[kind] = min(seen + 1, _MOST_SEEN)
         if self.rounds % 8 == 0:  # it changes little
             self._of = self._farthest = None
 
@@ -140,7 +141,7 @@ class Costs:
         self.plain_seen += 1
         share = surprise / self.plain_seen
         self._plain += share
-        self._corrections[self._seen > 0] -= share
+        self._corrections[self.seen > 0] -= share
         self._of = self._farthest = None
 
     def _fade(self) -> None:
@@ -148,14 +149,15 @@ class Costs:
         self.rounds += 1
         if self.rounds % _STALE == 0:
             self.plain_seen /= 2
-            self._seen /= 2
+            self.seen /= 2
             self._of = self._farthest = None
 
     def as_dict(self) -> dict[str, Any]:
         """What :meth:`restore` takes, for a file: costs, not the machine's speed."""
         return {
+            "rounds": self.rounds,
             "plain_seen": round(self.plain_seen, 2),
-            "seen": np.round(self._seen, 2).tolist(),
+            "seen": np.round(self.seen, 2).tolist(),
             "corrections": np.round(self._corrections, 4).tolist(),
         }
 
@@ -167,13 +169,14 @@ class Costs:
         """
         seen = np.array(value["seen"], float)
         corrections = np.array(value["corrections"], float)
-        if not seen.shape == corrections.shape == self._seen.shape:
+        if not seen.shape == corrections.shape == self.seen.shape:
             raise ValueError("these are costs of something else")
         plain_seen = float(value["plain_seen"])
         if not (np.abs(corrections) < 10).all() or not (seen >= 0).all():
             raise ValueError("these are no costs")
+        self.rounds = min(max(int(value["rounds"]), 0), _STALE)
         # Another day is another machine, a little.
         self.plain_seen = min(max(plain_seen, 0.0), 2 * KNOWN)
-        self._seen = np.minimum(seen, 2 * KNOWN)
+        self.seen = np.minimum(seen, 2 * KNOWN)
         self._corrections = corrections
         self._of = self._farthest = None

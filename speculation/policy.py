@@ -23,7 +23,7 @@ MOST = 16
 
 #: The longest draft of the first round of its kind, and how much longer than any before
 #: one may be.
-_FIRST_SIZE, _STRIDE = 1, 2
+_FIRST_SIZE, _STRIDE = 2, 2
 #: What is less than this is no gain.
 _LEAST_GAIN = 1.01
 #: Plain rounds before drafting is tried again: at first, and at most.
@@ -346,6 +346,30 @@ class Auto:
         if self._entering is None or costs.plain_seconds is None:
             return _ENTRY
         return self._entering / costs.plain_seconds
+
+    def reasons(self) -> list[str]:
+        """What it goes by, for a person: a line for each number of rows and for each
+        kind of draft."""
+        lines = []
+        for rows, costs in sorted(self._costs.items()):
+            seconds = costs.plain_seconds
+            if seconds is None:
+                continue
+            line = f"rounds of {rows}: plain {seconds * 1e3:.1f} ms"
+            for model, name in enumerate(("looked up", "drafted")):
+                known = [
+                    f"{size} x{costs.of[model, size]:.2f}"
+                    for size in self._sizes
+                    if costs.seen[model, size] >= 1
+                ]
+                line += f"; {name} {', '.join(known)}" if known else ""
+            lines.append(line)
+        for (kind, match), chances in sorted(self._chances.items()):
+            tokens = chances.tokens
+            of = f"looked up by {match}" if match else "drafted"
+            shown = ", ".join(f"{tokens[size]:.2f}" for size in self._sizes[1:9])
+            lines.append(f"{kind}, {of}: tokens to expect of 1, 2, ... {shown}")
+        return lines
 
     def as_dict(self) -> dict[str, Any]:
         """What :meth:`restore` takes, for a file."""
