@@ -1,11 +1,12 @@
 """How likely a draft token is of use, from what became of those before."""
 
+import math
 from collections.abc import Iterable
 
 import numpy as np
 
 #: After how many judged tokens an observation counts half.
-_MEMORIES = (6, 24, 96, 512)
+_MEMORIES = (6, 32, 256)
 #: What the first drafts are expected to be worth, and how firmly.
 _PRIOR, _FIRMNESS = 0.7, 1.0
 #: How many observations at its own place weigh as much as what the place before says.
@@ -17,6 +18,8 @@ _FORGIVING = 0.97
 _FAIR, _DOUBT = 1, 6.0
 #: No chance is nearer to 0 or 1.
 _LEAST = 0.005
+#: Weights beyond which counts are scaled down.
+_HEAVY = 1e12
 
 
 class Chances:
@@ -26,15 +29,16 @@ class Chances:
     Only such tokens are counted, so what a rejection hides biases nothing. A token
     behind the end of a text is of no use, and counts as rejected ones do. Several
     memories, short and long, are mixed by how well each has foretold what came.
+
+    Plain Python, as it is between every two rounds: for so few numbers that is quicker
+    than arrays.
     """
 
     def __init__(self, most: int):
         """``most``: places."""
-        self._keep = 0.5 ** (1 / np.array(_MEMORIES))
-        self._taken = np.zeros((len(_MEMORIES), most))
-        self._judged = np.zeros((len(_MEMORIES), most))
-        self._losses = np.zeros(len(_MEMORIES))
-        self._places: list[list[float]] | None = None  # of each memory
+        self._most = most
+        self._memories = [_Memory(size, most) for size in _MEMORIES]
+        self._losses = [0.0] * len(_MEMORIES)
         self._tokens: np.ndarray | None = None
 
     @property
@@ -44,54 +48,62 @@ class Chances:
         1 + a1 + a1 a2 + ..., of the chances a.
         """
         if self._tokens is None:
-            weights = np.exp(self._losses.min() - self._losses)
-            mixed = weights @ np.array(self._by_memory) / weights.sum()
-            self._tokens = 1 + np.cumsum(np.concatenate([[0.0], np.cumprod(mixed)]))
+            least = min(self._losses)
+            weights = [math.exp(least - loss) for loss in self._losses]
+            total = sum(weights)
+            weights = [weight / total for weight in weights]
+            its = [memory.places for memory in self._memories]
+            used = max(map(len, its))
+            for places in its:
+                places += places[-1:] * (used - len(places))
+            tokens, chain, found = 1.0, 1.0, [1.0]
+            mixed = 0.0
+            for place in range(self._most):
+                if place < used:
+                    mixed = 0.0
+                    for weight, places in zip(weights, its, strict=True):
+                        mixed += weight * places[place]
+                chain *= mixed
+                tokens += chain
+                found.append(tokens)
+            self._tokens = np.array(found)
         return self._tokens
 
     @property
     def sure(self) -> float:
         """How far that goes by what was seen, from 0 to 1."""
-        seen = float(self._judged[_FAIR].sum())
+        seen = self._memories[_FAIR].total
         return seen / (seen + _DOUBT)
-
-    @property
-    def _by_memory(self) -> list[list[float]]:
-        """The chance at each place, as each memory has it."""
-        if self._places is None:
-            self._places = [
-                _places(taken, judged)
-                for taken, judged in zip(
-                    self._taken.tolist(), self._judged.tolist(), strict=True
-                )
-            ]
-        return self._places
 
     def observe(self, drafts: Iterable[tuple[int, int]]) -> None:
         """Take in one round's (drafted, taken) of each row."""
-        taken, lost = np.zeros((2, self._taken.shape[1]))
-        last = 0
-        for drafted, stood in drafts:
-            taken[:stood] += 1
-            if stood < drafted:
-                lost[stood] += 1
-            last = max(last, min(stood + 1, drafted))
-        if not last:
+        counts: dict[tuple[int, bool], int] = {}
+        last = tests = 0
+        for drafted, taken in drafts:
+            tests += min(taken + 1, drafted)
+            last = max(last, min(taken + 1, drafted))
+            for place in range(taken):
+                counts[place, True] = counts.get((place, True), 0) + 1
+            if taken < drafted:
+                counts[taken, False] = counts.get((taken, False), 0) + 1
+        if not tests:
             return
-        tests = int(taken.sum() + lost.sum())
-        places = np.array([chances[:last] for chances in self._by_memory])
-        loss = -np.log(places) @ taken[:last] - np.log(1 - places) @ lost[:last]
         # Rows of a batch are seen at once: their mean counts for one of them.
-        self._losses *= _FORGIVING ** min(tests, last)
-        self._losses += loss * min(1.0, last / tests)
-        keep = (self._keep**tests)[:, None]
-        self._taken = self._taken * keep + taken
-        self._judged = self._judged * keep + taken + lost
-        self._places = self._tokens = None
+        share = min(1.0, last / tests)
+        forgiven = _FORGIVING ** min(tests, last)
+        for number, memory in enumerate(self._memories):
+            places = memory.places
+            loss = 0.0
+            for (place, stood), times in counts.items():
+                chance = places[min(place, len(places) - 1)]
+                loss -= times * math.log(chance if stood else 1 - chance)
+            self._losses[number] = forgiven * self._losses[number] + share * loss
+            memory.observe(counts, tests)
+        self._tokens = None
 
     def as_list(self) -> list[list[list[float]]]:
         """What :meth:`restore` takes, for a file."""
-        return np.round([self._taken, self._judged], 3).tolist()
+        return [memory.as_list() for memory in self._memories]
 
     def restore(self, value: list[list[list[float]]]) -> None:
         """Go on from what :meth:`as_list` gave.
@@ -99,25 +111,74 @@ class Chances:
         Raises:
             ValueError, TypeError: it is odd.
         """
-        counts = np.array(value, float)
-        if counts.shape != (2, *self._taken.shape):
-            raise ValueError("these are counts of something else")
-        taken, judged = counts
-        if not ((taken >= 0) & (taken <= judged) & (judged < 1e6)).all():
-            raise ValueError("these are no counts")
-        self._taken, self._judged = taken, judged
-        self._places = self._tokens = None
+        for memory, counts in zip(self._memories, value, strict=True):
+            memory.restore(counts, self._most)
+        self._tokens = None
 
 
-def _places(taken: list[float], judged: list[float]) -> list[float]:
-    """The chance at each place, from counts there and at the place before."""
-    after = len(judged)
-    while after and judged[after - 1] < 0.01:
-        after -= 1
-    before = (sum(taken) + _PRIOR * _FIRMNESS) / (sum(judged) + _FIRMNESS)
-    found = []
-    for stood, of in zip(taken[:after], judged[:after], strict=True):
-        before = (stood + _NEIGHBOUR * before) / (of + _NEIGHBOUR)
+class _Memory:
+    """Counts by place that fade: what is new weighs ever more."""
+
+    def __init__(self, size: int, most: int):
+        self._growth = 2 ** (1 / size)
+        self._weight = 1.0  # of one observation now
+        self._taken = [0.0] * most
+        self._judged = [0.0] * most
+        self._used = 0  # places that were ever judged
+
+    @property
+    def total(self) -> float:
+        """How many judged tokens it has, as much as they still count."""
+        return sum(self._judged[: self._used]) / self._weight
+
+    @property
+    def places(self) -> list[float]:
+        """The chance at each place, up to one that was never judged: from there on it
+        stays the same."""
+        weight, used = self._weight, self._used
+        before = sum(self._taken[:used]) + _PRIOR * _FIRMNESS * weight
+        before /= sum(self._judged[:used]) + _FIRMNESS * weight
+        found = []
+        neighbour = _NEIGHBOUR * weight
+        for place in range(used):
+            before = (self._taken[place] + neighbour * before) / (
+                self._judged[place] + neighbour
+            )
+            found.append(min(max(before, _LEAST), 1 - _LEAST))
         found.append(min(max(before, _LEAST), 1 - _LEAST))
-    last = min(max(before, _LEAST), 1 - _LEAST)
-    return found + [last] * (len(judged) - after)
+        return found
+
+    def observe(self, counts: dict[tuple[int, bool], int], tests: int) -> None:
+        """Take in how often a token at a place stood or fell."""
+        self._weight *= self._growth**tests
+        for (place, stood), times in counts.items():
+            self._judged[place] += self._weight * times
+            if stood:
+                self._taken[place] += self._weight * times
+            self._used = max(self._used, place + 1)
+        if self._weight > _HEAVY:
+            self._taken = [each / self._weight for each in self._taken]
+            self._judged = [each / self._weight for each in self._judged]
+            self._weight = 1.0
+
+    def as_list(self) -> list[list[float]]:
+        """The counts as they weigh now."""
+        return [
+            [round(each / self._weight, 4) for each in counts]
+            for counts in (self._taken, self._judged)
+        ]
+
+    def restore(self, value: list[list[float]], most: int) -> None:
+        """Go on from them.
+
+        Raises:
+            ValueError, TypeError: they are odd.
+        """
+        taken, judged = ([float(each) for each in counts] for counts in value)
+        if not len(taken) == len(judged) == most or not all(
+            0 <= a <= b < 1e6 for a, b in zip(taken, judged, strict=True)
+        ):
+            raise ValueError("these are no counts")
+        self._taken, self._judged, self._weight = taken, judged, 1.0
+        used = [place for place, each in enumerate(judged) if each > 0]
+        self._used = used[-1] + 1 if used else 0

@@ -93,9 +93,9 @@ class Costs:
         return self._of
 
     @property
-    def at_best(self) -> np.ndarray:
-        """What they cost at best: less than it seems, while that is a guess."""
-        return self.of * (1 - _UNSURE / (1 + self.seen) ** 2)
+    def hope(self) -> np.ndarray:
+        """How much less they may cost than it seems, while that is a guess: factors."""
+        return 1 - _UNSURE / (1 + self.seen)
 
     def observe(self, model: bool, size: int, seconds: float) -> None:
         """Take in the seconds of a round that drafted ``size`` tokens."""

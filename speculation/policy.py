@@ -21,16 +21,22 @@ from speculation.costs import KNOWN, Costs
 #: The most tokens that are drafted where nobody says how many.
 MOST = 16
 
-#: The longest draft of the first round of its kind, and how much longer than any before
-#: one may be.
-_FIRST_SIZE, _STRIDE = 2, 2
+#: The sizes of drafts that are tried: the longer, the less it matters by how much.
+_SIZES = {*range(1, 9), 10, 12, 16}
+#: How much longer than any before a draft may be.
+_STRIDE = 2
+#: Rounds after which a draft as long as may be is tried, if no loss has to be feared: a
+#: cost that rises in steps may hide what lies behind one.
+_LOOK_FAR = 24
 #: What is less than this is no gain.
-_LEAST_GAIN = 1.01
+_LEAST_GAIN = 1.02
+#: Plain rounds that a try may cost without further thought.
+_CHEAP = 0.05
 #: Plain rounds before drafting is tried again: at first, and at most.
 _FIRST_PAUSE, _LONGEST_PAUSE = 2, 512
 #: Plain rounds that may be lost at first, what share of all besides, and how much of
 #: what was saved may be lost again.
-_FIRST_CREDIT, _CREDIT, _MOST_CREDIT = 1.5, 0.01, 4.0
+_FIRST_CREDIT, _CREDIT, _MOST_CREDIT = 0.9, 0.01, 4.0
 #: Giving the draft a prompt, in plain rounds, before it was timed.
 _ENTRY = 0.5
 #: Plain rounds that follow one that is to be timed: the first of them takes longer.
@@ -185,6 +191,7 @@ class Auto:
         self.drafting = True
         self.rounds = [0] * (most + 1)
         self._sizes = np.arange(most + 1)
+        self._skipped = np.array([size not in _SIZES for size in self._sizes])
         self._prior = step, token
         self._costs: dict[int, Costs] = {}
         self._chances: dict[tuple[str, int], Chances] = {}
@@ -209,22 +216,42 @@ class Auto:
         self._plain_more = 0
         options = self._options(costs, rows)
         gains = np.where(options.risk <= self._credit, options.gain, -math.inf)
-        model, size = np.unravel_index(gains.argmax(), gains.shape)
-        if gains[model, size] < _LEAST_GAIN:
+        if gains.max() >= _LEAST_GAIN:
+            # What was not measured yet may cost less than it seems.
+            hopes = gains / costs.hope[:, : gains.shape[1]]
+            model, size = np.unravel_index(hopes.argmax(), hopes.shape)
+            if self._quiet:
+                self._quiet, self._pause = 0, _FIRST_PAUSE
+            else:
+                model, size = self._farther(costs, options, model, size)
+        else:
             self._settled = True
-            risk = np.where(gains > -math.inf, options.risk, math.inf)
-            model, size = np.unravel_index(risk.argmin(), risk.shape)
-            if risk[model, size] == math.inf or self._quiet < self._pause:
+            if gains.max() == -math.inf or self._quiet < self._pause:
                 self.drafting = False
                 return plain
-        elif self._quiet:
-            self._quiet, self._pause = 0, _FIRST_PAUSE
+            # The most promising of what costs little, or least.
+            cheap = max(_CHEAP, options.risk[gains > -math.inf].min())
+            gains = np.where(options.risk <= cheap, gains, -math.inf)
+            model, size = np.unravel_index(gains.argmax(), gains.shape)
         looked_up = options.prefers[:, size].tolist() if model else options.matched
         gain = float(options.gain[model, size])
         # Newcomers' prompts are for the draft as well, if that pays.
         share = len(rows) * self._entry(costs) * self._texts / self._tokens
         self.drafting = bool(model) and 1 / (1 / gain + share) >= _LEAST_GAIN
         return Plan(int(size) if model else 0, int(size), tuple(looked_up), gain)
+
+    def _farther(
+        self, costs: Costs, options: "_Options", model: int, size: int
+    ) -> tuple[int, int]:
+        """What is drafted, ``size`` or, once in a while, as much as may be."""
+        longest = int(np.flatnonzero(options.gain[model] > -math.inf).max())
+        if (
+            costs.rounds % _LOOK_FAR == 0
+            and longest > costs.farthest + _STRIDE
+            and options.risk[model, longest] <= 0
+        ):
+            return model, longest
+        return model, size
 
     def stays_plain(self, batch: int, rows: Sequence[Prospect]) -> bool:
         """As :class:`Policy` has it."""
@@ -286,12 +313,15 @@ class Auto:
     @property
     def _credit(self) -> float:
         """How many plain rounds the next draft may cost in vain."""
-        return _FIRST_CREDIT + _CREDIT * self._worth + self._balance
+        return max(0.0, _FIRST_CREDIT + _CREDIT * self._worth + self._balance)
 
     def _options(self, costs: Costs, rows: Sequence[Prospect]) -> "_Options":
         """What could be drafted."""
         most = min(self.most, max((row.most for row in rows), default=0))
-        most = min(most, costs.farthest + _STRIDE if costs.farthest else _FIRST_SIZE)
+        far = costs.rounds and costs.rounds % _LOOK_FAR == 0
+        if not far:
+            reach = costs.farthest + _STRIDE
+            most = min(most, next((n for n in sorted(_SIZES) if n >= reach), most))
         sizes = self._sizes[: most + 1]
         count = len(rows)
         gain = np.full((2, most + 1), -math.inf)
@@ -319,7 +349,7 @@ class Auto:
             longest = min(max(found), most)
             tokens = by_match.mean(axis=0)
             gain[0, 1 : longest + 1] = tokens[1 : longest + 1]
-            gain[0] /= costs.at_best[0, : most + 1]
+            gain[0] /= costs.of[0, : most + 1]
             risk[0] -= 1 + sure * (tokens - 1)
             prefers = (np.array(found) > 0)[:, None] & (by_match >= by_model)
             uses = np.array(asked)[:, None] & ~prefers
@@ -329,7 +359,7 @@ class Auto:
             uses = np.array(asked)[:, None]
         if any(asked):
             tokens = by_model.sum(axis=0) / count
-            cost = costs.at_best[1, : most + 1]
+            cost = costs.of[1, : most + 1]
             if lacking.any():
                 # To begin with a draft takes time, of which each round has a share.
                 entry = (uses & lacking[:, None]).sum(axis=0) * self._entry(costs)
@@ -339,6 +369,7 @@ class Auto:
             risk[1] -= 1 + sure * (tokens - 1)
             gain[1] = np.where(uses.any(axis=0), tokens / cost, -math.inf)
             gain[1, 0] = -math.inf
+        gain[:, self._skipped[: most + 1]] = -math.inf
         return _Options(gain, risk, prefers, [each > 0 for each in found])
 
     def _entry(self, costs: Costs) -> float:
