@@ -12,10 +12,7 @@ from functools import cache
 import numpy as np
 import pytest
 
-from speculation import policy as policy_module
-from speculation.chances import Chances
-from speculation.costs import KNOWN, Costs
-from speculation.policy import Auto, Fate, Fixed, Plan, Prospect
+from speculation.policy import Auto, Fate, Plan, Prospect
 
 TOKENS, MOST = 2000, 16
 
