@@ -10,7 +10,7 @@ that slows down slows both sides of a comparison.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -346,6 +346,13 @@ class Auto:
         if self._entering is None or costs.plain_seconds is None:
             return _ENTRY
         return self._entering / costs.plain_seconds
+
+    def calibrate(
+        self, batch: int, plain: float, rounds: Mapping[tuple[bool, int], float]
+    ) -> None:
+        """Have the costs of rounds of ``batch`` rows, where they were measured by
+        themselves: as :meth:`Costs.calibrate`."""
+        self._costs_of(batch).calibrate(plain, rounds)
 
     def as_dict(self) -> dict[str, Any]:
         """What :meth:`restore` takes, for a file."""
