@@ -488,9 +488,14 @@ def _calibrate(args: Namespace, about: dict[str, Any]) -> None:
         curves.append(curve)
         for line in table(curve.rows, COST_COLUMNS):
             print(line, flush=True)
+        if curve.restless:
+            say(
+                f"batch {size}: this machine is busy with other things as well; the "
+                "figures are better where it is not"
+            )
         if not curve.complete:
             break
-        policy.calibrate(size, curve.plain, curve.costs)
+        policy.calibrate(size, curve.plain, curve.costs, curve.sweeps)
     say(COST_LEGEND)
     _write(args.json, about, [row for curve in curves for row in curve.rows])
     if args.plot:

@@ -37,11 +37,13 @@ from system.errors import InputError, say
 #: Seconds for a batch size, pauses included, unless so few sweeps take longer.
 SECONDS, FEWEST_SWEEPS = 50.0, 3
 #: Rounds of a block: the first ones, which are not timed, and those that are.
-FIRST, TIMED = 1, 4
+FIRST, TIMED = 1, 3
 #: Blocks of plain rounds in a sweep; of all others there is one.
 PLAIN_BLOCKS = 4
 #: A pause, as a share of the block before it, and the most seconds of one.
 PAUSE, LONGEST_PAUSE = 0.5, 2.0
+#: Above what quotient of its quartiles a plain round says that the machine is busy.
+_RESTLESS = 1.3
 #: The share of a text in which all rows have to have begun.
 _BEGINNING = 0.25
 
@@ -93,6 +95,7 @@ class Curve:
     Attributes:
         plain: seconds of a plain round.
         costs: of every kind of round that was timed, in plain ones.
+        sweeps: from how many that is.
         complete: whether it was measured to the end.
     """
 
@@ -100,7 +103,14 @@ class Curve:
     plain: float
     costs: dict[Kind, float]
     rows: list[CostRow]
+    sweeps: int
     complete: bool
+
+    @property
+    def restless(self) -> bool:
+        """Whether the machine was busy with other things: even plain rounds differed
+        much."""
+        return self.rows[0].high > _RESTLESS * self.rows[0].low
 
 
 def calibrate(
@@ -194,7 +204,8 @@ def curve_of(
             )
         )
     plain = [seconds for sweep in sweeps for seconds in sweep[PLAIN]]
-    return Curve(batch_size, statistics.median(plain), costs, rows, complete)
+    middle = statistics.median(plain)
+    return Curve(batch_size, middle, costs, rows, len(sweeps), complete)
 
 
 def break_even(size: int, cost: float) -> float | None:
@@ -244,7 +255,8 @@ class _Texts:
         sessions = [target, *([drafter] if drafter else [])]
         positions = [session.positions for session in sessions if session.positions]
         taken = 1 if target.has_encoder else len(self._prompts[-1])
-        self._room = min([max_tokens, *(each - taken for each in positions)])
+        # (Where as many as may be drafted have no positions, the engine drafts fewer.)
+        self._room = min([max_tokens, *(each - taken - most for each in positions)])
         self._max_tokens = max_tokens
         needed = int(_rounds(most) * (most + 1) / (1 - _BEGINNING)) + 1
         if self._room < needed:

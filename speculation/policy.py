@@ -348,11 +348,15 @@ class Auto:
         return self._entering / costs.plain_seconds
 
     def calibrate(
-        self, batch: int, plain: float, rounds: Mapping[tuple[bool, int], float]
+        self,
+        batch: int,
+        plain: float,
+        rounds: Mapping[tuple[bool, int], float],
+        seen: float,
     ) -> None:
         """Have the costs of rounds of ``batch`` rows, where they were measured by
         themselves: as :meth:`Costs.calibrate`."""
-        self._costs_of(batch).calibrate(plain, rounds)
+        self._costs_of(batch).calibrate(plain, rounds, seen)
 
     def as_dict(self) -> dict[str, Any]:
         """What :meth:`restore` takes, for a file."""
