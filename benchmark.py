@@ -459,6 +459,7 @@ def _calibrate(args: Namespace, about: dict[str, Any]) -> None:
         # What is accepted is no matter here, and so the draft is told nothing.
         make = _simulation(args, about)
         count = args.limit or SIMULATED_PROMPTS
+        about |= {"prompts": count, "max_tokens": max_tokens}
         _say_all(about)
         pair = make(max_tokens)
         prompts = [pair.prompt(number) for number in range(count)]
@@ -473,6 +474,7 @@ def _calibrate(args: Namespace, about: dict[str, Any]) -> None:
             )
         prompts = [pair.request(prompt).prompt for prompt in given]
         drafter = pair.drafter
+        about |= {"prompts": len(prompts), "max_tokens": max_tokens}
         _say_all(about)
     policy, curves = pair.policy, []
     for size in sizes:
