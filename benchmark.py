@@ -1,8 +1,9 @@
 """Measure how fast a pair decodes, against plain decoding in the same loop.
 
     python benchmark.py [--model NAME --draft-model NAME] [--prompts FILE]
-        [--num-draft 0..8] [--delta 0,0.5] [--temperature 0,1] [--baseline NAME]
-    python benchmark.py --batch-size 1,8,32 --num-draft 0,2
+        [--num-draft 0..8,auto] [--delta 0,0.5] [--temperature 0,1] [--baseline NAME]
+    python benchmark.py --batch-size 1,8,32 --num-draft 0,2,auto
+    python benchmark.py --calibrate [--batch-size 1,8]
     python benchmark.py --simulate-alpha 0.75 --target-config t5-base
         --draft-config t5-small
 
@@ -15,6 +16,9 @@ It is over the target alone in the same loop, at the same temperature.
 
 With translations to compare with in the file (a tab after the prompt, then one), there
 is a column of sacreBLEU: a prompt's lines together are its references.
+
+With --calibrate it is the rounds that are measured, see :mod:`measuring.calibration`,
+and what they cost is kept for --num-draft auto, here and in main.py.
 """
 
 if __name__ == "__main__":
@@ -26,48 +30,77 @@ import json
 import os
 import sys
 from argparse import ArgumentTypeError, Namespace
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from console.choosing import choose_pair
+from console.choosing import NO_DRAFT, choose_pair
 from measuring import baselines, batches
 from measuring.batches import BatchRow, measure_batches
+from measuring.calibration import calibrate
 from measuring.figures import FEWEST, Row, rows_of, sacrebleu
 from measuring.machine import header
-from measuring.plot import plot, require_matplotlib
+from measuring.plot import plot, plot_costs, require_matplotlib
 from measuring.prompts import read_prompts
 from measuring.simulation import SimulatedPair
-from measuring.table import BATCH_COLUMNS, BATCH_LEGEND, COLUMNS, LEGEND, table
+from measuring.table import (
+    BATCH_COLUMNS,
+    BATCH_LEGEND,
+    COLUMNS,
+    COST_COLUMNS,
+    COST_LEGEND,
+    LEGEND,
+    table,
+)
 from measuring.timing import measure
-from measuring.variants import Cell, ours, simulated, theirs
+from measuring.variants import AUTO, Cell, ours, simulated, theirs
 from speculation.requests import MAX_TOKENS, check_options
 from speculation.sampling import COUPLINGS
+from system import remembering
 from system.errors import InputError, Parser, run, say
 
 PROMPTS = Path(__file__).resolve().parent / "demo" / "test.tsv"
 MLX_LM = "mlx-lm"  # of the baselines the one that drafts and samples as well
 MOST_DRAFT = 10_000
+NUM_DRAFT = f"1..8,{AUTO}"
+#: Flags that say which variants there are, and how often they are timed.
+SWEPT = (
+    "num_draft",
+    "delta",
+    "temperature",
+    "coupling",
+    "baseline",
+    "baseline_batch_size",
+    "repeats",
+)
 SIMULATED_PROMPTS, SIMULATED_TOKENS = FEWEST, 64
 TARGET_CONFIG, DRAFT_CONFIG = "t5-11b", "t5-small"
 
 
-def sweep(text: str) -> list[int]:
-    """``0..8`` or ``2,4,8`` as numbers."""
-    try:
-        if ".." in text:
-            first, last = map(int, text.split(".."))
-            values = list(range(first, min(last, MOST_DRAFT + 1) + 1))
-        else:
-            values = [int(part) for part in text.split(",")]
-    except ValueError:
-        values = []
-    if not values or min(values) < 0:
-        raise ArgumentTypeError(f"'{text}' is neither a range 0..8 nor a list 2,4,8")
-    if max(values) > MOST_DRAFT:
-        raise ArgumentTypeError(f"'{text}' goes beyond {MOST_DRAFT} draft tokens")
+def sweep(text: str, *, auto: bool = False) -> list[Any]:
+    """``0..8``, ``2,4,8`` or ``0,2..4`` as numbers; ``auto`` may be among them."""
+    values: list[Any] = []
+    for part in text.split(","):
+        if auto and part == AUTO:
+            values.append(AUTO)
+            continue
+        first, _, last = part.partition("..")
+        try:
+            ends = int(first), int(last or first)
+        except ValueError:
+            ends = 1, 0
+        if not 0 <= ends[0] <= ends[1]:
+            raise ArgumentTypeError(
+                f"'{text}' is neither a range 0..8 nor a list 2,4,8"
+                + (f", nor {AUTO}" if auto else "")
+            )
+        if ends[1] > MOST_DRAFT:
+            raise ArgumentTypeError(f"'{text}' goes beyond {MOST_DRAFT} draft tokens")
+        values += range(ends[0], ends[1] + 1)
     return values
 
 
@@ -116,6 +149,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
     add = parser.add_argument
     add("--model", metavar="NAME", help="target (default: as in main.py)")
     add("--draft-model", metavar="NAME", help="draft (default: as in main.py)")
+    add("--lookup", action="store_true", help="as in main.py")
     add("--unverified", action="store_true", help="as in main.py")
     add(
         "--prompts",
@@ -126,9 +160,14 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
         "'prompt' and 'reference' (default: short English sentences to translate)",
     )
     add("--limit", type=positive, metavar="N", help="only the first N prompts")
-    add("--num-draft", type=sweep, default=sweep("1..8"), metavar="0..8|2,4")
-    add("--delta", type=numbers, default=[0.0], metavar="0,0.5")
-    add("--temperature", type=numbers, default=[0.0], metavar="0,1")
+    add(
+        "--num-draft",
+        type=partial(sweep, auto=True),
+        metavar="0..8|2,4,auto",
+        help=f"draft tokens per round; auto: as many as pay (default: {NUM_DRAFT})",
+    )
+    add("--delta", type=numbers, metavar="0,0.5")
+    add("--temperature", type=numbers, metavar="0,1")
     add("--coupling", choices=COUPLINGS, help="as in main.py")
     add(
         "--max-tokens",
@@ -149,7 +188,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
         metavar="16,64",
         help="those of the baselines (default: the same)",
     )
-    add("--repeats", type=positive, default=1, metavar="N", help="timings per prompt")
+    add("--repeats", type=positive, metavar="N", help="timings per prompt (default: 1)")
     add(
         "--baseline",
         action="append",
@@ -157,6 +196,13 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
         choices=[*baselines.MAKE, MLX_LM],
         help="also time this on the same weights, greedily, but mlx-lm in every cell; "
         "may be repeated",
+    )
+    add(
+        "--calibrate",
+        action="store_true",
+        help="measure instead what rounds with 0, 1, 2, ... draft tokens cost here, "
+        "for each --batch-size (default: 1), and keep it for --num-draft auto: a "
+        "minute for each, more where the models are large",
     )
     add("--json", type=writable, metavar="FILE", help="write the figures there as well")
     add("--plot", type=writable, metavar="FILE", help="draw them there (.png, .svg)")
@@ -172,24 +218,38 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
     add("--draft-config", metavar="NAME", help=shape % DRAFT_CONFIG)
     args = parser.parse_args(arguments)
     named = args.model or args.draft_model or args.unverified or args.prompts != PROMPTS
+    named = named or args.lookup
     sizes = [*(args.batch_size or ()), *(args.baseline_batch_size or ())]
-    if sizes and (min(sizes) < 1 or args.plot or not args.batch_size):
+    drawn = args.plot and not args.calibrate
+    if sizes and (min(sizes) < 1 or drawn or not args.batch_size):
         raise InputError(
             "--batch-size is at least 1 and does not go with --plot, and "
             "--baseline-batch-size needs it"
         )
-    if args.batch_size and args.simulate_alpha is not None:
+    if args.batch_size and args.simulate_alpha is not None and not args.calibrate:
         raise InputError("--batch-size does not go with --simulate-alpha")
     if args.simulate_alpha is not None and named:
         raise InputError(
             "--simulate-alpha is for shapes without weights: it goes with none of "
-            "--model, --draft-model, --unverified and --prompts"
+            "--model, --draft-model, --lookup, --unverified and --prompts"
         )
+    if args.lookup and args.draft_model == NO_DRAFT:
+        raise InputError("--lookup drafts: it does not go with the target alone")
     if args.simulate_alpha is None and (args.target_config or args.draft_config):
         raise InputError(
             "--target-config and --draft-config are for a simulation: give "
             "--simulate-alpha as well"
         )
+    if args.calibrate:
+        for name in SWEPT:
+            if getattr(args, name) not in (None, []):
+                raise InputError(
+                    "--calibrate measures rounds, greedily and with every number of "
+                    f"draft tokens: it does not go with --{name.replace('_', '-')}"
+                )
+    args.num_draft = args.num_draft or sweep(NUM_DRAFT, auto=True)
+    args.delta, args.temperature = args.delta or [0.0], args.temperature or [0.0]
+    args.repeats = args.repeats or 1
     return args
 
 
@@ -220,6 +280,9 @@ def main() -> None:
     swept = cells(args)
     require_matplotlib(args.plot)
     about = header(args.repeats)
+    if args.calibrate:
+        _calibrate(args, about)
+        return
     if args.batch_size:
         rows = _batched(args, swept, about)
     elif args.simulate_alpha is None:
@@ -229,11 +292,16 @@ def main() -> None:
     for line in table(rows, BATCH_COLUMNS if args.batch_size else COLUMNS):
         print(line)
     say(BATCH_LEGEND if args.batch_size else LEGEND)
-    if args.json:
-        value = {**about, "rows": [asdict(row) for row in rows]}
-        args.json.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
+    _write(args.json, about, rows)
     if args.plot:
         plot(rows, args.plot, about.get("simulation", about["device"]))
+
+
+def _write(path: Path | None, about: dict[str, Any], rows: list[Any]) -> None:
+    """The figures as JSON, if they are wanted."""
+    if path:
+        value = {**about, "rows": [asdict(row) for row in rows]}
+        path.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
 
 
 def _asked(args: Namespace, swept: list[Cell]) -> tuple[Any, dict[str, list[str]], int]:
@@ -246,12 +314,25 @@ def _asked(args: Namespace, swept: list[Cell]) -> tuple[Any, dict[str, list[str]
     prompts = list(references)
     sacrebleu(prompts, list(references.values()))  # if it is missing, say so now
     max_tokens = _room_for(swept, args.max_tokens or MAX_TOKENS)
+    return _pair(args, any(cell.num_draft for cell in swept)), references, max_tokens
+
+
+def _pair(args: Namespace, drafts: bool) -> Any:
+    """The models that the flags name.
+
+    Raises:
+        InputError: they cannot be loaded, or there is no draft, and one is needed.
+    """
     pair = choose_pair(
-        args.model, args.draft_model, plain=False, unverified=args.unverified
+        args.model,
+        args.draft_model,
+        plain=False,
+        unverified=args.unverified,
+        lookup=args.lookup,
     )
-    if pair.drafter is None and any(cell.num_draft for cell in swept):
+    if drafts and pair.drafter is None and pair.lookup is None:
         raise InputError("there is no draft to measure: name one with --draft-model")
-    return pair, references, max_tokens
+    return pair
 
 
 def _measured(args: Namespace, swept: list[Cell], about: dict[str, Any]) -> list[Row]:
@@ -269,7 +350,7 @@ def _measured(args: Namespace, swept: list[Cell], about: dict[str, Any]) -> list
                     ),
                 )
                 for cell in swept
-                if not cell.delta
+                if not cell.delta and cell.num_draft != AUTO
             ]
         else:
             variants.append(theirs(pair, baselines.MAKE[name](pair, max_tokens)))
@@ -279,7 +360,13 @@ def _measured(args: Namespace, swept: list[Cell], about: dict[str, Any]) -> list
     about["prompts"] = len(answers[0])
     ids = pair.tokenizer.encode(prompts[0])
     return rows_of(
-        variants, answers, list(references.values()), pair.target, pair.drafter, ids
+        variants,
+        answers,
+        list(references.values()),
+        pair.target,
+        pair.drafter,
+        pair.lookup,
+        ids,
     )
 
 
@@ -310,7 +397,7 @@ def _batched(
 
 def _room_for(swept: list[Cell], max_tokens: int) -> int:
     """``max_tokens``, if every cell's drafts fit."""
-    most = max(cell.num_draft for cell in swept)
+    most = max(cell.asked or 0 for cell in swept)
     if most >= max_tokens:
         raise InputError(
             f"of {max_tokens} tokens at most {max_tokens - 1} can be drafted: give a "
@@ -327,18 +414,12 @@ def _simulated(args: Namespace, swept: list[Cell], about: dict[str, Any]) -> lis
             "nor --temperature nor --baseline"
         )
     max_tokens = _room_for(swept, args.max_tokens or SIMULATED_TOKENS)
-    target, draft = (
-        args.target_config or TARGET_CONFIG,
-        args.draft_config or DRAFT_CONFIG,
-    )
     count = args.limit or SIMULATED_PROMPTS
-    about["simulation"] = (
-        f"SIMULATION: random weights in the shapes of {target} and {draft}, alpha "
-        f"{args.simulate_alpha:g} by construction"
-    )
+    make = _simulation(args, about)
+    about["simulation"] += f", alpha {args.simulate_alpha:g} by construction"
     about |= {"prompts": count, "max_tokens": max_tokens}
     _say_all(about)
-    pair = SimulatedPair(target, draft, args.simulate_alpha, max_tokens)
+    pair = make(max_tokens)
     prompts = [str(number) for number in range(count)]
 
     variants = [simulated(pair, cell) for cell in swept]
@@ -347,7 +428,88 @@ def _simulated(args: Namespace, swept: list[Cell], about: dict[str, Any]) -> lis
     answers = measure(variants, prompts, args.repeats)
     about["prompts"] = len(answers[0])
     none = [[] for _ in prompts]
-    return rows_of(variants, answers, none, pair.target, pair.drafter, pair.prompt(0))
+    return rows_of(
+        variants, answers, none, pair.target, pair.drafter, None, pair.prompt(0)
+    )
+
+
+def _simulation(
+    args: Namespace, about: dict[str, Any]
+) -> Callable[[int], SimulatedPair]:
+    """What makes the pair that exists only as shapes, for so many tokens."""
+    target = args.target_config or TARGET_CONFIG
+    draft = args.draft_config or DRAFT_CONFIG
+    about["simulation"] = (
+        f"SIMULATION: random weights in the shapes of {target} and {draft}"
+    )
+    return partial(SimulatedPair, target, draft, args.simulate_alpha)
+
+
+def _calibrate(args: Namespace, about: dict[str, Any]) -> None:
+    """Measure what rounds cost, print it, and keep it for ``--num-draft auto``.
+
+    Raises:
+        InputError: the models or the prompts are not what they have to be.
+    """
+    del about["repeats"]
+    max_tokens = args.max_tokens or MAX_TOKENS
+    sizes = list(dict.fromkeys(args.batch_size or [1]))
+    pair: Any
+    if args.simulate_alpha is not None:
+        # What is accepted is no matter here, and so the draft is told nothing.
+        make = _simulation(args, about)
+        count = args.limit or SIMULATED_PROMPTS
+        about |= {"prompts": count, "max_tokens": max_tokens}
+        _say_all(about)
+        pair = make(max_tokens)
+        prompts = [pair.prompt(number) for number in range(count)]
+        drafter = pair.untold
+    else:
+        given = read_prompts(args.prompts, args.limit)
+        pair = _pair(args, drafts=True)
+        if not pair.batches and max(sizes) > 1:
+            raise InputError(
+                "this model's texts are decoded one after another: it goes with no "
+                "--batch-size above 1"
+            )
+        prompts = [pair.request(prompt).prompt for prompt in given]
+        drafter = pair.drafter
+        about |= {"prompts": len(prompts), "max_tokens": max_tokens}
+        _say_all(about)
+    policy, curves = pair.policy, []
+    for size in sizes:
+        try:
+            curve = calibrate(
+                pair.target, drafter, prompts, size, max_tokens, policy.most
+            )
+        except KeyboardInterrupt:
+            if not curves:
+                raise
+            say(f"interrupted: nothing is known of batch {size}")
+            break
+        curves.append(curve)
+        for line in table(curve.rows, COST_COLUMNS):
+            print(line, flush=True)
+        if curve.restless:
+            say(
+                f"batch {size}: this machine is busy with other things as well; the "
+                "figures are better where it is not"
+            )
+        if not curve.complete:
+            break
+        policy.calibrate(size, curve.plain, curve.costs, curve.sweeps)
+    say(COST_LEGEND)
+    _write(args.json, about, [row for curve in curves for row in curve.rows])
+    if args.plot:
+        plot_costs(curves, args.plot, about.get("simulation", about["device"]))
+    if isinstance(pair, SimulatedPair) or not any(curve.complete for curve in curves):
+        return
+    kept = pair.remember()
+    say(
+        f"--num-draft auto goes by this from now on: it is kept in {kept}"
+        if kept
+        else f"nothing is kept: {remembering.folder()} cannot be written"
+    )
 
 
 def _say_all(about: dict[str, Any]) -> None:

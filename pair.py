@@ -327,13 +327,9 @@ class Pair:
 
         It goes on from what it found out before, in this process or on this machine.
         """
-        step = 0.1
-        if isinstance(self.drafter, ModelDrafter):
-            step = self.drafter.session.parameters / self.target.parameters
-        policy = Auto(
-            most_drafted(),
-            step=min(max(step, 0.02), 1.0),
-            token=0.03 if on_gpu() else 0.1,
+        drafts = self.drafter
+        policy = policy_for(
+            self.target, drafts.session if isinstance(drafts, ModelDrafter) else None
         )
         if self._subject:
             policy.restore(remembering.recall(self._subject))
@@ -350,10 +346,15 @@ class Pair:
         parts += [LOOKUP] if self.lookup else []
         return " with ".join(parts)
 
-    def remember(self) -> None:
-        """Keep what :attr:`policy` has found out, for the next run on this machine."""
+    def remember(self) -> Path | None:
+        """Keep what :attr:`policy` has found out, for the next run on this machine.
+
+        Returns:
+            Where; None where nothing is kept.
+        """
         if "policy" in self.__dict__ and self._subject:
-            remembering.remember(self._subject, self.policy.as_dict())
+            return remembering.remember(self._subject, self.policy.as_dict())
+        return None
 
     def _remember_sometimes(self) -> None:
         """:meth:`remember`, if it is the first time or some time ago."""
@@ -475,6 +476,16 @@ class Pair:
             require_text(message["role"], "a message's role")
             require_text(message["content"], f"the {message['role']}'s message")
         return self.tokenizer.encode_chat(prompt)
+
+
+def policy_for(target: Session, draft: Session | None) -> Auto:
+    """A policy for these models, of which it has seen nothing yet."""
+    step = draft.parameters / target.parameters if draft else 0.1
+    return Auto(
+        most_drafted(),
+        step=min(max(step, 0.02), 1.0),
+        token=0.03 if on_gpu() else 0.1,
+    )
 
 
 def require_text(text: str, what: str) -> None:

@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import mlx.core as mx
 import numpy as np
@@ -22,12 +23,13 @@ _WARM = 8
 @dataclass(frozen=True)
 class Answered:
     """What a variant made of all prompts: texts, tokens, passes where it counts them,
-    and the bytes that MLX had allocated at most."""
+    the bytes that MLX had allocated at most, and the tokens that were drafted."""
 
     texts: list[str]
     tokens: list[list[int]]
     passes: int | None = None
     peak_memory: int | None = None
+    drafted: int | None = None
 
 
 @dataclass(frozen=True)
@@ -55,18 +57,20 @@ class BatchRow:
         lines_per_second: the median of the repeats; ``low`` and ``high`` the least and
             the most, None of a single one.
         speedup: over the first variant.
+        mean_draft: draft tokens of a row's mean round; None without any drafting.
         equal: prompts whose tokens are the first variant's; None where it is sampled.
     """
 
     name: str
     batch_size: int
-    num_draft: int | None
+    num_draft: int | Literal["auto"] | None
     lines_per_second: float
     low: float | None
     high: float | None
     tokens_per_second: float
     speedup: float
     tokens_per_round: float | None = None
+    mean_draft: float | None = None
     equal: int | None = None
     bleu: float | None = None
     peak_memory: int | None = None
@@ -83,7 +87,7 @@ def ours(pair: Pair, cell: Cell, size: int, max_tokens: int) -> BatchVariant:
             pair.answers(
                 prompts,
                 batch_size=size,
-                num_draft=cell.num_draft,
+                num_draft=cell.asked,
                 delta=cell.delta,
                 sampling=cell.sampling,
                 max_tokens=max_tokens,
@@ -97,6 +101,7 @@ def ours(pair: Pair, cell: Cell, size: int, max_tokens: int) -> BatchVariant:
             [one.tokens for one in done],
             sum(one.stats.rounds for one in done),
             mx.get_peak_memory(),
+            sum(one.stats.drafted for one in done),
         )
 
     return BatchVariant(f"{cell}, batch {size}", size, cell, answer)
@@ -164,6 +169,9 @@ def measure_batches(
                 count / median,
                 first[1] / median,
                 done.passes and count / done.passes,
+                done.drafted / done.passes
+                if variant.cell and variant.cell.num_draft and done.passes
+                else None,
                 None if sampled else sum(same),
                 sacrebleu(done.texts, references),
                 done.peak_memory,

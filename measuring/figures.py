@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass, replace
 from itertools import zip_longest
+from typing import Literal
 
 import numpy as np
 
 from measuring.timing import Cost, step_cost
 from measuring.variants import Answer, Variant
 from speculation.drafting import Drafter
+from speculation.lookup import Lookup
 from speculation.session import Session
 from system.errors import InputError
 
@@ -25,6 +27,7 @@ class Row:
         alpha: accepted over judged draft tokens.
         tokens_per_round: tokens per pass of the target, which is the speed-up in
             passes over plain decoding.
+        mean_draft: draft tokens of the mean round; None without any drafting.
         c, v: a draft token's and the verifying pass's cost, in plain passes.
         expected: the speed-up of decoding that alpha, c and v predict.
         paper: likewise with v = 1, the paper's formula.
@@ -34,7 +37,7 @@ class Row:
     """
 
     name: str
-    num_draft: int | None
+    num_draft: int | Literal["auto"] | None
     delta: float | None
     temperature: float | None
     seconds: float
@@ -44,6 +47,7 @@ class Row:
     high: float | None
     alpha: float | None = None
     tokens_per_round: float | None = None
+    mean_draft: float | None = None
     c: float | None = None
     v: float | None = None
     expected: float | None = None
@@ -100,7 +104,7 @@ def summarise(
     references: list[list[str]],
     cost: Cost | None = None,
 ) -> Row:
-    """One line of the table; ``cost`` for variants that draft."""
+    """One line of the table; ``cost`` for variants that draft a fixed number."""
     seconds = sum(answer.seconds for answer in answers)
     ratio, low, high = speedup(plain, answers)
     cell = variant.cell
@@ -123,10 +127,12 @@ def summarise(
     if not stats:
         return row
     tested = sum(each.tested for each in stats)
+    rounds = sum(each.rounds for each in stats)
+    drafted = sum(each.drafted for each in stats)
     row = replace(
         row,
-        tokens_per_round=sum(each.new_tokens for each in stats)
-        / sum(each.rounds for each in stats),
+        tokens_per_round=sum(each.new_tokens for each in stats) / rounds,
+        mean_draft=drafted / rounds if cell and cell.num_draft else None,
         peak_memory=max(each.peak_memory_bytes for each in stats) or None,
     )
     if not tested:
@@ -151,9 +157,11 @@ def rows_of(
     references: list[list[str]],
     target: Session,
     drafter: Drafter | None,
+    lookup: Lookup | None,
     ids: list[int],
 ) -> list[Row]:
-    """The table's rows; what a round's steps cost is measured for each cell."""
+    """The table's rows; what a round's steps cost is measured for each cell that has
+    a number of draft tokens."""
     plain = {
         variant.temperature: its
         for variant, its in zip(variants, answers, strict=True)
@@ -162,8 +170,10 @@ def rows_of(
     rows = []
     for variant, its in zip(variants, answers, strict=True):
         cost = None
-        if variant.cell and variant.cell.num_draft:
+        if variant.cell and variant.cell.asked:
             cost = step_cost(target, drafter, ids, variant.cell)
+        if cost and lookup:  # a round drafts what is found, if anything is
+            cost = replace(cost, always=False)
         base = plain[variant.temperature]
         rows.append(summarise(variant, its, base, references[: len(its)], cost))
     return rows

@@ -15,6 +15,7 @@ from architectures import t5
 from checkpoints.config import T5Config
 from checkpoints.converted import CONFIG
 from decoder import generate
+from pair import policy_for
 from speculation.acceptance import Draft
 from speculation.drafting import ModelDrafter
 from speculation.requests import Stats
@@ -80,6 +81,9 @@ class SimulatedPair:
     Attributes:
         target: as of a real pair.
         drafter: proposes what it is told to, at a real draft's cost.
+        untold: the draft behind it, which proposes what occurs to it.
+        policy: decides how much is drafted where nobody says it, and goes on from
+            prompt to prompt.
     """
 
     def __init__(self, target: str, draft: str, alpha: float, max_tokens: int):
@@ -100,7 +104,9 @@ class SimulatedPair:
         ]
         drafting = t5.session(models[1], vocabulary)
         self.target = t5.session(models[0], vocabulary)
-        self.drafter = SimulatedDrafter(ModelDrafter(drafting), vocabulary, alpha)
+        self.untold = ModelDrafter(drafting)
+        self.drafter = SimulatedDrafter(self.untold, vocabulary, alpha)
+        self.policy = policy_for(self.target, drafting)
         self._max_tokens = max_tokens
         self._texts: dict[int, list[int]] = {}
 
@@ -113,12 +119,13 @@ class SimulatedPair:
         """Find out what the target writes for a prompt; the draft has to know."""
         self._texts[number] = self._decode(number, 0)[0]
 
-    def generate(self, number: int, num_draft: int) -> tuple[list[int], Stats]:
-        """Decode a prompt: the tokens and the figures."""
+    def generate(self, number: int, num_draft: int | None) -> tuple[list[int], Stats]:
+        """Decode a prompt, with as many draft tokens as pay for None: the tokens and
+        the figures."""
         self.drafter.expect(self._texts[number], seed=number)
         return self._decode(number, num_draft)
 
-    def _decode(self, number: int, num_draft: int) -> tuple[list[int], Stats]:
+    def _decode(self, number: int, num_draft: int | None) -> tuple[list[int], Stats]:
         tokens: list[int] = []
         for commit in generate(
             self.target,
@@ -126,7 +133,7 @@ class SimulatedPair:
             [self.prompt(number)],
             eos_tokens=frozenset(),  # so that all answers are equally long
             max_tokens=self._max_tokens,
-            num_draft=num_draft,
+            num_draft=self.policy if num_draft is None else num_draft,
         ):
             tokens += commit.tokens
         return tokens, commit.stats

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 from measuring.batches import BatchRow
+from measuring.calibration import CostRow
 from measuring.figures import Row
 
 
@@ -11,11 +12,26 @@ def _shown(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
+def _mean_draft(row: Row | BatchRow) -> str:
+    """What a round drafted, where its name does not say it."""
+    mean = _shown(row.mean_draft, ".1f")
+    return "" if mean == f"{row.num_draft}.0" else mean
+
+
+def _break_even(row: CostRow) -> str:
+    """From where on a round pays, or that it never does."""
+    never = row.num_draft and row.break_even is None
+    return "never" if never else _shown(row.break_even, ".2f")
+
+
 #: What a column is called, how wide it is, and what it shows of a row.
 Columns: TypeAlias = tuple[tuple[str, int, Callable[[Any], str]], ...]
 
 _SPEEDUP: Columns = (("speed-up", 8, lambda r: f"{r.speedup:.2f}"),)
-_PER_PASS: Columns = (("per pass", 8, lambda r: _shown(r.tokens_per_round, ".2f")),)
+_PER_PASS: Columns = (
+    ("per pass", 8, lambda r: _shown(r.tokens_per_round, ".2f")),
+    ("mean K", 6, lambda r: _mean_draft(r)),
+)
 _LAST: Columns = (
     ("same text", 9, lambda r: _shown(r.equal, "d")),
     ("BLEU", 5, lambda r: _shown(r.bleu, ".1f")),
@@ -38,9 +54,29 @@ COLUMNS: Columns = (
 
 LEGEND = (
     "speed-up: seconds per token against the target alone, in this loop; per pass: "
-    "tokens per pass of the target, the speed-up in passes; c, v: a draft token and "
+    "tokens per pass of the target, the speed-up in passes; mean K: tokens drafted per "
+    "round, where they are not what was asked for; c, v: a draft token and "
     "the verifying pass, in plain passes; expected: of decoding, by alpha, c and v; "
     "paper: the same with v = 1"
+)
+
+
+COST_COLUMNS: Columns = (
+    ("ms", 8, lambda r: f"{r.ms:.2f}"),
+    ("50 %", 15, lambda r: f"{r.low:.2f}-{r.high:.2f}"),
+    ("rounds", 6, lambda r: f"{r.rounds}"),
+    ("cost", 5, lambda r: f"{r.cost:.2f}"),
+    ("50 %", 11, lambda r: f"{r.cost_low:.2f}-{r.cost_high:.2f}"),
+    ("c", 5, lambda r: _shown(r.c, ".2f")),
+    ("v", 5, lambda r: f"{r.v:.2f}"),
+    ("pays from alpha", 15, _break_even),
+)
+
+COST_LEGEND = (
+    "ms: of a round, the median and the middle half; cost: in plain rounds, of the "
+    "same sweep; c: a draft step, v: the target's pass over num-draft + 1 tokens, in "
+    "plain rounds; pays from alpha: the constant acceptance rate from which such "
+    "rounds are faster than plain ones"
 )
 
 
@@ -56,12 +92,13 @@ BATCH_COLUMNS: Columns = (
 BATCH_LEGEND = (
     "lines/s: the median of the repeats, all prompts after each other, encoding and "
     "detokenizing included; range: the slowest and the fastest repeat; speed-up, same "
-    "text: against the first line; per pass: a row's tokens per pass of the target"
+    "text: against the first line; per pass: a row's tokens per pass of the target; "
+    "mean K: those drafted, where they are not what was asked for"
 )
 
 
 def table(
-    rows: list[Row] | list[BatchRow], columns: Columns = COLUMNS
+    rows: list[Row] | list[BatchRow] | list[CostRow], columns: Columns = COLUMNS
 ) -> Iterator[str]:
     """The lines of the table, for a person, without columns that are empty."""
     names = max(len(row.name) for row in rows)

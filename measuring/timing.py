@@ -82,7 +82,12 @@ def step_cost(
 ) -> Cost | None:
     """Time the steps of a round by themselves, alternating, on one prompt's ids.
 
-    None where a model has not enough positions for that.
+    Args:
+        drafter: the draft model; None where what is drafted is looked up.
+        cell: with a number of draft tokens.
+
+    Returns:
+        None where a model has not enough positions for that.
     """
     vocabulary, size = target.vocabulary, cell.num_draft
     for positions in (target.positions, drafter and drafter.positions):
@@ -99,13 +104,15 @@ def step_cost(
     row = RowSampler(Rules(vocabulary, cell.sampling, cell.delta), sequence)
     tokens = mx.array(rng.integers(0, vocabulary, (1, size)).astype(np.int32))
     probs = None
-    if cell.temperature:
+    if cell.temperature and drafter:
         probs = mx.full((1, size, vocabulary), 1 / vocabulary)
         mx.eval(probs)
 
     def judge(draft: Draft | None) -> float:
         began = time.perf_counter()
-        mx.eval(launch(target, RoundSampler([row], size), draft).report)
+        # What is looked up has no law.
+        sampler = RoundSampler([row], size, certain=[bool(draft) and not drafter])
+        mx.eval(launch(target, sampler, draft).report)
         seconds = time.perf_counter() - began
         target.rewind([known])
         return seconds

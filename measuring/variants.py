@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from measuring import baselines
 from measuring.simulation import SimulatedPair
@@ -10,16 +11,24 @@ from pair import Pair
 from speculation.requests import Stats
 from speculation.sampling import SHARED, Sampling
 
+#: As many draft tokens per round as pay.
+AUTO: Literal["auto"] = "auto"
+
 
 @dataclass(frozen=True)
 class Cell:
     """What is swept (draft tokens per round, delta, temperature), and what is not: the
     coupling of :class:`Sampling`."""
 
-    num_draft: int
+    num_draft: int | Literal["auto"]
     delta: float = 0.0
     temperature: float = 0.0
     coupling: str | None = None
+
+    @property
+    def asked(self) -> int | None:
+        """The draft tokens as :meth:`pair.Pair.samples` takes them."""
+        return None if self.num_draft == AUTO else self.num_draft
 
     @property
     def sampling(self) -> Sampling:
@@ -75,7 +84,7 @@ def ours(pair: Pair, cell: Cell, max_tokens: int) -> Variant:
         done = pair.generate(
             prompt,
             max_tokens=max_tokens,
-            num_draft=cell.num_draft,
+            num_draft=cell.asked,
             delta=cell.delta,
             sampling=cell.sampling,
             stream=number,
@@ -104,7 +113,7 @@ def simulated(pair: SimulatedPair, cell: Cell) -> Variant:
 
     def answer(prompt: str, number: int) -> Answer:
         began = time.perf_counter()
-        tokens, stats = pair.generate(number, cell.num_draft)
+        tokens, stats = pair.generate(number, cell.asked)
         return Answer("", tokens, time.perf_counter() - began, stats)
 
     return Variant(f"{cell} (simulated)", cell, answer)

@@ -1,6 +1,7 @@
 """What a round costs, from the seconds that rounds have taken."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -151,6 +152,31 @@ class Costs:
             self.plain_seen /= 2
             self.seen /= 2
             self._of = self._farthest = None
+
+    def calibrate(
+        self, plain: float, rounds: Mapping[tuple[bool, int], float], seen: float
+    ) -> None:
+        """Go by this from now on, instead of what was known of such rounds.
+
+        Args:
+            plain: seconds of a plain round.
+            rounds: by (model, size) of :meth:`observe`, what they cost in plain ones.
+            seen: how many independent observations that is from.
+
+        Raises:
+            ValueError: these are no costs.
+        """
+        if not all(0 < each < math.inf for each in (plain, *rounds.values(), seen)):
+            raise ValueError("these are no costs")
+        seen = min(max(seen, 1.0), _MOST_SEEN)
+        self._plain, self.plain_seen = math.log(plain), max(seen, KNOWN)
+        for (model, size), cost in rounds.items():
+            if not size:
+                continue  # a plain one costs one
+            kind = int(model), size
+            self._corrections[kind] = math.log(cost) - self._expected[kind]
+            self.seen[kind] = seen
+        self._of = self._farthest = None
 
     def as_dict(self) -> dict[str, Any]:
         """What :meth:`restore` takes, for a file: costs, not the machine's speed."""

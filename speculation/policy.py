@@ -10,7 +10,7 @@ that slows down slows both sides of a comparison.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -401,6 +401,17 @@ class Auto:
             shown = ", ".join(f"{tokens[size]:.2f}" for size in self._sizes[1:9])
             lines.append(f"{kind}, {of}: tokens to expect of 1, 2, ... {shown}")
         return lines
+
+    def calibrate(
+        self,
+        batch: int,
+        plain: float,
+        rounds: Mapping[tuple[bool, int], float],
+        seen: float,
+    ) -> None:
+        """Have the costs of rounds of ``batch`` rows, where they were measured by
+        themselves: as :meth:`Costs.calibrate`."""
+        self._costs_of(batch).calibrate(plain, rounds, seen)
 
     def as_dict(self) -> dict[str, Any]:
         """What :meth:`restore` takes, for a file."""

@@ -81,8 +81,8 @@ def recall(subject: str) -> Any:
     return None
 
 
-def remember(subject: str, value: Any) -> None:
-    """Keep something, if it can be."""
+def remember(subject: str, value: Any) -> Path | None:
+    """Keep something, if it can be: where; None where it cannot."""
     with contextlib.suppress(OSError, RuntimeError):  # no home folder
         path = _path(subject)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,6 +95,8 @@ def remember(subject: str, value: Any) -> None:
         except BaseException:
             Path(name).unlink()
             raise
+        return path
+    return None
 
 
 def _full(subject: str) -> str:

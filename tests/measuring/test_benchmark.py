@@ -5,6 +5,7 @@ import math
 import signal
 import subprocess
 import sys
+from argparse import ArgumentTypeError
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -22,15 +23,18 @@ from measuring.prompts import read_prompts
 from measuring.simulation import SimulatedPair
 from measuring.timing import Cost
 from measuring.variants import Answer, Cell, Variant
-from pair import Pair
+from pair import LOOKUP, Pair
 from speculation.requests import Stats
+from system.device import most_drafted
 
 PROMPTS = ["the cat on", "cat sat", "a b c", "the the", "on sat e"]
 
 
 @pytest.fixture
-def bench(call, monkeypatch):
-    """Run benchmark.py in this process: (status, stdout, stderr)."""
+def bench(call, monkeypatch, tmp_path):
+    """Run benchmark.py in this process, with a cache of its own: (status, stdout,
+    stderr)."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(timing, "SPIN_SECONDS", 0)  # whose seconds are nobody's
     return partial(call, program=benchmark)
 
@@ -97,6 +101,95 @@ def test_batches(bench, make, tmp_path):
     assert [bool(row["peak_memory"]) for row in rows] == [*[True] * 4, False, False]
     assert rows[0]["tokens_per_round"] == 1
     assert rows[2]["tokens_per_round"] > 1
+
+
+def test_auto(bench, make, tmp_path):
+    """A line like others, that says how much was drafted in the mean, but not what a
+    round costs; a star in the plot."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS))
+    flags = ["--model", make()[2], "--draft-model", make(noise=0.05)[2]]
+    flags += ["--prompts", prompts, "--num-draft", "2..3,auto", "--max-tokens", 12]
+    flags += ["--json", tmp_path / "f.json"]
+    status, out, err = bench(*flags, "--delta", "0,1", "--plot", tmp_path / "p.svg")
+    assert status == 0, err
+    rows = json.loads((tmp_path / "f.json").read_text())["rows"]
+    each = [2, 3, "auto"]
+    assert [(row["num_draft"], row["delta"]) for row in rows] == [
+        (0, 0),
+        *((k, 0) for k in each),
+        *((k, 1) for k in each),
+    ]
+    assert rows[3]["name"] == "num-draft auto"
+    assert "num-draft auto, delta 1" in out and "mean K" in out
+    for row in rows:
+        if row["num_draft"] == "auto":
+            assert 0 <= row["mean_draft"] <= 16
+            assert row["c"] is row["v"] is row["expected"] is row["paper"] is None
+            assert row["tokens_per_round"] >= 1
+        elif row["num_draft"]:
+            assert 0 < row["mean_draft"] <= row["num_draft"]
+            assert row["expected"] > 0
+        else:
+            assert row["mean_draft"] is None
+        assert row["delta"] or row["equal"] == 5
+    drawn = (tmp_path / "p.svg").read_text()
+    means = [row["mean_draft"] for row in rows if row["num_draft"] == "auto"]
+    for name, mean in zip(("", ", delta 1"), means, strict=True):
+        assert f"temperature 0{name}, auto ({mean:.1f} on average)" in drawn
+    # By itself, over the deltas.
+    flags[flags.index("2..3,auto")] = "auto"
+    status, _, err = bench(*flags, "--delta", "0,1", "--plot", tmp_path / "p.svg")
+    assert status == 0, err
+    assert "delta, at as many draft tokens" in (tmp_path / "p.svg").read_text()
+    status, out, err = bench(*flags, "--batch-size", "1,4")
+    assert status == 0, err
+    rows = json.loads((tmp_path / "f.json").read_text())["rows"]
+    names = ["num-draft auto, batch 1", "num-draft auto, batch 4"]
+    assert [row["name"] for row in rows] == names
+    assert all(row["num_draft"] == "auto" and row["mean_draft"] >= 0 for row in rows)
+    assert [row["equal"] for row in rows] == [5, 5]
+
+
+def test_auto_is_among_the_defaults():
+    args = benchmark.parse_arguments([])
+    assert args.num_draft == [*range(1, 9), "auto"]
+    assert (args.delta, args.temperature, args.repeats) == ([0.0], [0.0], 1)
+    found = [cell.num_draft for cell in benchmark.cells(args)]
+    assert found == [0, *range(1, 9), "auto"]
+
+
+def test_sweeps():
+    assert benchmark.sweep("0..3") == [0, 1, 2, 3]
+    assert benchmark.sweep("5,0,2..4") == [5, 0, 2, 3, 4]
+    assert benchmark.sweep("auto,1..2", auto=True) == ["auto", 1, 2]
+    for text in ("", "auto", "1,", "..2", "1..2..3", "-1", "2..1", "1..x", "1..99999"):
+        with pytest.raises(ArgumentTypeError):
+            benchmark.sweep(text)
+    with pytest.raises(ArgumentTypeError, match="nor auto"):
+        benchmark.sweep("1,automatic", auto=True)
+
+
+def test_looked_up_drafts(bench, make, tmp_path):
+    """They cost the target's pass; how long they are is not what was asked for."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS))
+    flags = ["--model", make()[2], "--prompts", prompts, "--num-draft", "3,auto"]
+    flags += ["--temperature", "0,1", "--max-tokens", 40, "--json", tmp_path / "f.json"]
+    draft = ("--draft-model", make(noise=0.05)[2], "--lookup")
+    for more in (("--draft-model", LOOKUP), draft):
+        status, out, err = bench(*flags, *more)
+        assert status == 0, err
+        rows = json.loads((tmp_path / "f.json").read_text())["rows"]
+        for row in rows:
+            if row["num_draft"] == 3:
+                assert row["v"] > 0 and row["expected"] is row["paper"] is None
+                assert 0 < row["mean_draft"] <= 3
+            else:
+                assert row["v"] is None
+        assert "mean K" in out
+    status, _, err = bench(*flags, "--lookup", "--draft-model", "none")
+    assert status == 2 and "--lookup drafts" in err
 
 
 @pytest.mark.parametrize(
@@ -247,7 +340,7 @@ def test_simulation(bench, tmp_path):
     config.write_text(json.dumps(sizes))
     for alpha in (0.7, 1.0):
         status, out, err = bench(
-            *("--simulate-alpha", alpha, "--num-draft", "1,4"),
+            *("--simulate-alpha", alpha, "--num-draft", "1,4,auto"),
             *("--target-config", config, "--draft-config", tmp_path),
             *("--max-tokens", 100, "--limit", 2, "--json", tmp_path / "f.json"),
         )
@@ -260,7 +353,10 @@ def test_simulation(bench, tmp_path):
         assert plain["tokens_per_round"] == 1
         for row in rows:
             assert row["equal"] == 2
-            assert row["alpha"] == pytest.approx(alpha, abs=0.1)
+            # Where a draft pays is the machine's matter.
+            if row["num_draft"] != "auto":
+                assert row["alpha"] == pytest.approx(alpha, abs=0.1)
+        assert [row["num_draft"] for row in rows] == [1, 4, "auto"]
     status, _, err = bench("--simulate-alpha", 0.5, "--target-config", "t5-huge")
     assert status == 2 and "t5-huge" in err and "t5-11b" in err
     status, _, err = bench("--simulate-alpha", 0.5, "--temperature", 1)
@@ -519,10 +615,31 @@ def test_alpha_without_the_cost_of_steps():
 
 
 def test_a_simulation_takes_no_models(call):
-    for flags in (("--model", "x"), ("--prompts", "x"), ("--unverified",)):
+    for flags in (
+        ("--model", "x"),
+        ("--prompts", "x"),
+        ("--unverified",),
+        ("--lookup",),
+    ):
         status, _, err = call("--simulate-alpha", 0.5, *flags, program=benchmark)
         assert status == 2
         assert "goes with none of --model" in err
+
+
+def test_a_simulation_goes_on_from_what_it_found_out(tmp_path):
+    """Its policy is made as a pair's, and goes from prompt to prompt."""
+    (tmp_path / "config.json").write_text(json.dumps(tiny_torch(0).config.to_dict()))
+    pair = SimulatedPair(str(tmp_path), str(tmp_path), alpha=1.0, max_tokens=40)
+    assert pair.policy.most == most_drafted()
+    assert pair.policy._prior[0] == 1.0  # a draft that is as large as its target
+    rounds = 0
+    for number in range(3):
+        pair.prepare(number)
+        assert sum(pair.policy.rounds) == rounds
+        tokens, stats = pair.generate(number, None)
+        assert len(tokens) == 40
+        rounds += stats.rounds
+    assert sum(pair.policy.rounds) == rounds > 0
 
 
 def test_a_simulated_draft_may_be_long(tmp_path):
