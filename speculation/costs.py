@@ -17,7 +17,7 @@ KNOWN = 3.0
 #: others.
 _MOST_SEEN, _MOST_LENT = 32.0, 4.0
 #: How little is sure about a cost that was never measured, as a share of it.
-_UNSURE = 0.1
+_UNSURE = 0.07
 #: No round is thought to cost less than that beyond a plain one.
 _LEAST = 0.02
 #: Rounds after which what was seen counts half.

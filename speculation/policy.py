@@ -36,7 +36,7 @@ _CHEAP = 0.05
 _FIRST_PAUSE, _LONGEST_PAUSE = 2, 512
 #: Plain rounds that may be lost at first, what share of all besides, and how much of
 #: what was saved may be lost again.
-_FIRST_CREDIT, _CREDIT, _MOST_CREDIT = 0.9, 0.01, 4.0
+_FIRST_CREDIT, _CREDIT, _MOST_CREDIT = 0.7, 0.01, 4.0
 #: Giving the draft a prompt, in plain rounds, before it was timed.
 _ENTRY = 0.5
 #: Plain rounds that follow one that is to be timed: the first of them takes longer.

@@ -148,8 +148,8 @@ def test_without_a_draft_model(bench, make, prompts, tmp_path):
     assert [row["num_draft"] for row in rows] == list(range(MOST + 1))
     assert all(row["cost"] == row["v"] and row["c"] is None for row in rows)
     policy = Pair.load(str(make()[2]), LOOKUP).policy
-    assert (policy._costs[1]._seen[0, 1:] > 0).all()
-    assert (policy._costs[1]._seen[1, 1:] == 0).all()
+    assert (policy._costs[1].seen[0, 1:] > 0).all()
+    assert (policy._costs[1].seen[1, 1:] == 0).all()
 
 
 def test_decoder_only(bench, tmp_path):
