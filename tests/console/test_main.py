@@ -742,7 +742,7 @@ def test_lookup_is_a_draft(call, pair, alone):
 
 def test_compare_with_auto_and_lookup(call, pair):
     flags = [*models(pair), "--prompt", PROMPT, "--max-tokens", 12, "--lookup"]
-    status, out, err = call(*flags, "--num-draft", "auto", "--compare")
+    status, _, err = call(*flags, "--num-draft", "auto", "--compare")
     assert status == 0
     assert re.search(r"compared: \d+\.\d\d times as fast .* s\), the same text\n", err)
 
