@@ -3,6 +3,7 @@ lookup goes before it, and a policy changes its mind from round to round."""
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import VOCABULARY
 from hypothesis import given, settings
@@ -19,6 +20,8 @@ from speculation.drafting import ModelDrafter
 from speculation.lookup import Lookup
 from speculation.policy import Auto, Fixed
 from speculation.requests import Request, Stats
+from speculation.samplers import RoundSampler, RowSampler, Rules
+from speculation.session import finish
 from system.errors import NoRoomError, PromptError, TooLongError
 
 
@@ -270,3 +273,23 @@ def test_figures_of_a_batch(families):
         assert sum(i * times for i, times in enumerate(histogram)) == batch.accepted
     assert Stats.of_batch(rows[:1]) == rows[0]
     assert SimpleNamespace(**batch.as_dict()).found == batch.found
+
+
+def test_a_draft_enters_in_the_middle_of_a_text(families):
+    """What a drafter with new caches proposes, and its neighbour, too, up to date."""
+    session = families["t5"].alone
+    samplers = [RowSampler(Rules(VOCABULARY), [0]) for _ in range(2)]
+
+    def propose(drafter, *sequences):
+        draft = drafter.propose(list(sequences), 3, RoundSampler(samplers, 3))
+        return np.array(draft.tokens).tolist()
+
+    late, text = ModelDrafter(session), [0, *range(20, 32)]
+    late.start([PROMPTS[0], [0]])
+    first = propose(late, text, [0])[0]
+    text += first[:2]
+    late.put([1], finish(late.prepare([PROMPTS[1]])))
+    found = propose(late, text, [0, *range(40, 60)])
+    fresh = ModelDrafter(session)
+    fresh.start(PROMPTS[:2])
+    assert found == propose(fresh, text, [0, *range(40, 60)])
