@@ -457,10 +457,12 @@ class Pair:
         for sample in range(count):
             engine.admit(replace(request, stream=(stream, sample)))
         while engine.busy:
-            for commit in engine.step():
+            commits = engine.step()
+            if not engine.busy:  # nobody asks for more than the last commit
+                self._remember_sometimes()
+            for commit in commits:
                 yield commit
                 self._require_latest(mine)
-        self._remember_sometimes()
 
     def _require_latest(self, mine: object) -> None:
         if self._latest is not mine:

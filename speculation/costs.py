@@ -198,11 +198,12 @@ class Costs:
         if not seen.shape == corrections.shape == self.seen.shape:
             raise ValueError("these are costs of something else")
         plain_seen = float(value["plain_seen"])
-        if not (np.abs(corrections) < 10).all() or not (seen >= 0).all():
+        sound = (np.abs(corrections) < 10).all() and (seen >= 0).all()
+        if not (sound and plain_seen >= 0):  # NaN is neither
             raise ValueError("these are no costs")
         self.rounds = min(max(int(value["rounds"]), 0), _STALE)
         # Another day is another machine, a little.
-        self.plain_seen = min(max(plain_seen, 0.0), 2 * KNOWN)
+        self.plain_seen = min(plain_seen, 2 * KNOWN)
         self.seen = np.minimum(seen, 2 * KNOWN)
         self._corrections = corrections
         self._of = self._farthest = None

@@ -43,6 +43,8 @@ class Proposer:
         self._lookup = lookup
         self._positions = positions
         self._draft_positions = (drafter and drafter.positions) or sys.maxsize
+        # Of a draft that is longer than that no prompt would be left.
+        self._most = min(policy.most, self._draft_positions // 2)
         self._begun = False  # whether the draft model has the batch
         self._found: list[Found] = []
         self._entering, self._entered = 0.0, 0
@@ -62,7 +64,10 @@ class Proposer:
         self._admit(newcomers)
         if not (self._begun and self.policy.drafting):
             return None
-        return (yield from self._drafter.prepare(_prompts(newcomers)))
+        try:
+            return (yield from self._drafter.prepare(_prompts(newcomers)))
+        except PromptError:
+            return None  # whose fault it is shows when it is asked about them
 
     def put(self, places: list[int], newcomers: list[Row], prepared: object) -> None:
         """Have what was prepared in these rows of the batch."""
@@ -114,16 +119,25 @@ class Proposer:
         if not plan.size:
             return None
         found = self.looked_up(rows, plan)
-        size, counts = plan.size, None
+        size = plan.size
         if plan.steps:
             sequences = [
                 row.sequence if row and row.entered else NOBODYS for row in rows
             ]
             draft = self._drafter.propose(sequences, plan.steps, sampler)
-            size, counts = draft.tokens.shape[1], draft.counts
+            size = draft.tokens.shape[1]
         else:
             draft = Draft(mx.zeros((len(rows), size), mx.int32))
+        counts = draft.counts or [size] * len(rows)
         if any(found):
+            lengths = [len(each.tokens) for each in self._found]
+            longest = max(n for n, has in zip(lengths, found, strict=True) if has)
+            more = min(longest, plan.size) - size
+            if more > 0:  # the model's drafts have come to an end before
+                size += more
+                draft.tokens = mx.pad(draft.tokens, [(0, 0), (0, more)])
+                if draft.probs is not None:
+                    draft.probs = mx.pad(draft.probs, [(0, 0), (0, more), (0, 0)])
             known = np.zeros((len(rows), size), np.int32)
             for place, has in enumerate(found):
                 if has:
@@ -134,7 +148,7 @@ class Proposer:
             )
         judged = []
         for place, row in enumerate(rows):
-            its = size if counts is None else counts[place]
+            its = counts[place]
             if row and found[place]:
                 its = len(self._found[place].tokens)
             elif row and not (plan.steps and row.entered):
@@ -187,9 +201,10 @@ class Proposer:
         for place, row in enumerate(rows):
             if row is None:
                 continue
-            room = self._draft_positions - len(row.sequence)
-            row.asked &= room >= min(self.policy.most, row.most_drafted)
-            most = max(0, min(self.policy.most, row.most_drafted, left))
+            # For any draft: that of a neighbour with more budget may be longer.
+            row.asked &= self._draft_positions - len(row.sequence) >= self._most
+            row.entered &= row.asked  # or it would be fed, beside others
+            most = max(0, min(self._most, row.most_drafted, left))
             if self._lookup and most:
                 self._found[place] = self._lookup.find(
                     place, row.sequence, most, row.request.eos_tokens
@@ -209,7 +224,7 @@ class Proposer:
 
     def _enter(self, rows: list[Row | None], plan: Plan) -> bool:
         """Give the draft model the prompts that a plan needs; False where it has no
-        room for them: its rows are asked about no more."""
+        room for all of them: about those it has none for it is asked no more."""
         found = self.looked_up(rows, plan)
         places = [
             place
@@ -224,6 +239,18 @@ class Proposer:
             return True
         newcomers = [rows[place] for place in places]
         began = time.perf_counter()
+        if not self._give(rows, places):
+            # Each by itself shows whose fault it is.
+            for row, place in zip(newcomers, places, strict=True):
+                row.asked = len(places) > 1 and self._give(rows, [place])
+        self._entering += time.perf_counter() - began
+        self._entered += sum(row.entered for row in newcomers)
+        return all(row.entered for row in newcomers)
+
+    def _give(self, rows: list[Row | None], places: list[int]) -> bool:
+        """Give the draft model the prompts of these rows; False where it has no room
+        for them."""
+        newcomers = [rows[place] for place in places]
         try:
             if self._begun:
                 prepared = finish(self._drafter.prepare(_prompts(newcomers)))
@@ -235,13 +262,9 @@ class Proposer:
                 self._drafter.start(prompts)
                 self._begun = True
         except PromptError:
-            for row in newcomers:
-                row.asked = False
             return False
         for row in newcomers:
             row.entered = True
-        self._entering += time.perf_counter() - began
-        self._entered += len(newcomers)
         return True
 
 

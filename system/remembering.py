@@ -51,7 +51,7 @@ def machine() -> str:
 
 def _processor() -> str:
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor()
@@ -83,7 +83,7 @@ def recall(subject: str) -> Any:
 
 def remember(subject: str, value: Any) -> Path | None:
     """Keep something, if it can be: where; None where it cannot."""
-    with contextlib.suppress(OSError, RuntimeError):  # no home folder
+    with contextlib.suppress(OSError, ValueError, RuntimeError):  # no home folder
         path = _path(subject)
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = json.dumps({"subject": _full(subject), "value": value})

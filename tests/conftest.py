@@ -6,16 +6,20 @@ layers and position bias outweigh the embedding, so that texts vary.
 """
 
 import os
+import tempfile
 
 # Before the libraries that read them: a process of the tests has a core for itself,
-# and none goes to the network.
+# none goes to the network, and none reads or writes the user's cache.
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cache-of-tests-")
 
 import system.fast_blas  # noqa: F401  (before mlx: see there)
 
+import atexit
 import importlib
 import json
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -41,6 +45,8 @@ from architectures import t5
 from system import errors
 from text import confined, fast_tokenizer, saving, slow_tokenizer, spiece_tokenizer
 from text.tokenizer import reader_of
+
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 # A shell's background has it ignored, by whatever is started from there as well.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -32,6 +32,8 @@ from architectures import t5
 from architectures.t5_session import T5Session
 from decoder import generate
 from speculation.drafting import ModelDrafter
+from speculation.lookup import Lookup
+from speculation.policy import Policy
 from speculation.sampling import COUPLINGS, Sampling
 from speculation.session import Session
 
@@ -194,10 +196,14 @@ def sample(
     batch: int = BATCH,
     delta: float = 0.0,
     most: int | None = None,
+    lookup: Lookup | None = None,
+    policy: Policy | None = None,
 ) -> tuple[Counter, int, int]:
     """Sample texts in batches of copies.
 
     Args:
+        lookup: goes before the drafter.
+        policy: what decides on each round; None for ``num_draft`` in all.
         most: tokens to a text; None for so many that no draft is cut short.
 
     Returns:
@@ -215,7 +221,8 @@ def sample(
             [PROMPT] * len(texts),
             eos_tokens={END},
             max_tokens=most or LENGTH + num_draft,
-            num_draft=num_draft,
+            num_draft=num_draft if policy is None else policy,
+            lookup=lookup,
             delta=delta,
             sampling=sampling,
             streams=[(start + row,) for row in range(len(texts))],

@@ -1,11 +1,12 @@
 """A drafter and a policy without a model or a rule, for tests."""
 
 import random
+from itertools import cycle
 
 import mlx.core as mx
 
 from speculation.acceptance import Draft
-from speculation.policy import Plan
+from speculation.policy import Fixed, Plan
 
 
 class Scripted:
@@ -69,3 +70,17 @@ class Whims:
         for fate in fates:
             assert 0 <= fate.taken <= fate.drafted <= self.most
             assert fate.tokens >= fate.taken
+
+
+class Cycle(Fixed):
+    """A policy that drafts another number of tokens each round, come what may."""
+
+    def __init__(self, *sizes):
+        super().__init__(max(sizes))
+        self.sizes = cycle(sizes)
+
+    def choose(self, batch, rows):
+        size = next(self.sizes)
+        rows = [row._replace(most=min(row.most, size)) for row in rows]
+        plan = super().choose(batch, rows)
+        return plan if plan.size else Plan(0, 0, (False,) * len(rows))

@@ -1,6 +1,7 @@
 """The decoding loop: greedy speculative text is the target's, whatever is drafted."""
 
 import contextlib
+from itertools import pairwise
 
 import mlx.core as mx
 import numpy as np
@@ -183,6 +184,12 @@ def check(stats, tokens: list[int]) -> None:
     assert sum(histogram) == stats.rounds
     assert sum(i * count for i, count in enumerate(histogram)) == stats.accepted
     assert stats.accepted <= stats.tested <= stats.drafted
+    assert 0 <= stats.found_accepted <= stats.found <= stats.tested
+    assert stats.found_accepted <= stats.accepted
+    assert stats.found - stats.found_accepted <= stats.tested - stats.accepted
+    assert sum(times for _, times in stats.sizes) == stats.rounds
+    assert sum(size * times for size, times in stats.sizes) == stats.drafted
+    assert all(a[0] != b[0] for a, b in pairwise(stats.sizes))
     # Every round adds the target's own token, but the last may end inside its draft.
     assert stats.new_tokens - stats.accepted in (stats.rounds, stats.rounds - 1)
     assert stats.alpha is None or stats.alpha == stats.accepted / stats.tested

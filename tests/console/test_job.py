@@ -483,7 +483,7 @@ def test_what_is_done_is_done(call, pair, files):
 
 
 def test_flags_that_say_the_default(call, begun, files):
-    more = ("--temperature", 0, "--seed", 0, "--delta", 0, "--num-draft", 5)
+    more = ("--temperature", 0, "--seed", 0, "--delta", 0, "--num-draft", "auto")
     assert call(*begun, *more, "--resume")[0] == 0
 
 
@@ -703,3 +703,31 @@ def test_what_the_first_line_decides():
     assert Asked("in.JSONL").of(b"plain", False).fault
     with pytest.raises(InputError, match="UTF-16"):
         Asked("in.txt").of(b"\xff\xfea\0", False)
+
+
+@pytest.mark.parametrize("flags", [[], ["--num-draft", "auto", "--lookup"]], ids=str)
+def test_going_on_with_auto(call, pair, files, flags, monkeypatch):
+    """What was begun so goes on so, and not with a number, or with lookup or without
+    it otherwise."""
+    source, out = files
+    texts = sentences(12)
+    source.write_text("\n".join(texts))
+    asked = [*models(pair), "--input", source, "--output", out, *FLAGS]
+    write, left = outlet.Outlet.write, [1, 2, 3]
+
+    def stopping(self, *what):
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        write(self, *what)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(outlet.Outlet, "write", stopping)
+        assert call(*asked, *flags)[0] == 130
+    assert out.read_bytes().count(b"\n") == 3
+    for other in (["--num-draft", 3, *flags[2:]], [] if flags else ["--lookup"]):
+        status, _, err = call(*asked, *other, "--resume")
+        assert status == 2
+        assert ("num-draft" if "--num-draft" in other else "lookup") in err
+    assert call(*asked, *flags, "--resume")[0] == 0
+    assert out.read_text().splitlines() == expected(pair, texts)

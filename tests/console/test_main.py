@@ -74,6 +74,8 @@ def test_json(call, pair):
         "alpha",
         "tokens_per_round",
         "accept_histogram",
+        "found",
+        "found_accepted",
         "encode_seconds",
         "decode_seconds",
         "tokens_per_second",
@@ -300,6 +302,7 @@ def test_compare(call, pair):
 def test_samples(call, pair):
     """Several answers to a prompt, a line each, and the first of them alone."""
     flags = [*models(pair), "--prompt", PROMPT, "--max-tokens", 9, "--temperature", 1]
+    flags += ["--num-draft", 5]
     status, out, err = call(*flags, "--num-samples", 5)
     lines = out.splitlines()
     assert status == 0
@@ -602,7 +605,7 @@ def test_rows_that_were_decoded_one_after_another():
 def test_samples_in_any_order(pair):
     """Whichever sample is read first, and however they are mixed."""
     both = Pair.load(str(pair[0]), str(pair[1]))
-    options = {"sampling": Sampling(temperature=1.0), "max_tokens": 12}
+    options = {"sampling": Sampling(temperature=1.0), "max_tokens": 12, "num_draft": 5}
     texts = [one.finish().text for one in both.samples(PROMPT, 3, **options)]
     first, second, third = both.samples(PROMPT, 3, **options)
     next(iter(second))
@@ -697,3 +700,61 @@ def test_without_docstrings():
             text=True,
         )
         assert (done.returncode, done.stderr) == (0, "")
+
+
+ODD_NUMBERS = ["", "many", "2.5", "Auto", "nan", "-1", "9" * 5000]
+
+
+@pytest.mark.parametrize("number", ODD_NUMBERS, ids=lambda text: text[:9])
+def test_odd_numbers_of_draft_tokens(call, pair, number):
+    result = call(*models(pair), "--num-draft", number, "--prompt", PROMPT)
+    one_line(result, "main.py: ")
+    assert "num-draft" in result[2]
+
+
+def test_auto_is_the_default(call, pair):
+    """With it, a number, and lookup before the draft the text is the target's."""
+    flags = ["--prompt", PROMPT, "--max-tokens", 20]
+    plain = call("--model", pair[0], "--draft-model", "none", *flags)[1]
+    for how in (
+        [],
+        ["--num-draft", "auto"],
+        ["--num-draft", "auto", "--lookup"],
+        ["--num-draft", 4, "--lookup"],
+    ):
+        status, out, err = call(*models(pair), *flags, *how)
+        assert (status, out) == (0, plain)
+        assert "20 tokens in" in err
+    alone = ["--model", pair[0], "--draft-model", "prompt-lookup"]
+    for how in ([], ["--lookup"], ["--num-draft", "auto"]):
+        assert call(*alone, *flags, *how)[:2] == (0, plain)
+
+
+@pytest.mark.parametrize(
+    "alone",
+    [["--draft-model", "none"], ["--regular-decode"], ["--num-draft", 0]],
+    ids=lambda flags: flags[0],
+)
+def test_lookup_is_a_draft(call, pair, alone):
+    flags = ["--model", pair[0], "--prompt", PROMPT, "--lookup"]
+    one_line(call(*flags, *alone), "--lookup drafts")
+
+
+def test_compare_with_auto_and_lookup(call, pair):
+    flags = [*models(pair), "--prompt", PROMPT, "--max-tokens", 12, "--lookup"]
+    status, _, err = call(*flags, "--num-draft", "auto", "--compare")
+    assert status == 0
+    assert re.search(r"compared: \d+\.\d\d times as fast .* s\), the same text\n", err)
+
+
+def test_json_says_what_was_found(call, pair):
+    prompt = "the cat sat on the cat sat on the cat"
+    flags = [*models(pair), "--prompt", prompt, "--max-tokens", 60, "--json"]
+    flags += ["--num-draft", 4, "--delta", 1]
+    stats = json.loads(call(*flags, "--lookup")[1])["stats"]
+    assert 0 <= stats["found_accepted"] <= stats["found"] <= stats["drafted"]
+    assert stats["found_accepted"] <= stats["accepted"]
+    assert json.loads(call(*flags)[1])["stats"]["found"] == 0
+    alone = ["--model", pair[0], "--draft-model", "prompt-lookup", *flags[4:]]
+    stats = json.loads(call(*alone)[1])["stats"]
+    assert stats["found"] == stats["accepted"] == stats["found_accepted"] > 0

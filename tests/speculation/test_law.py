@@ -23,9 +23,11 @@ from law import (
     next_probs,
     sample,
 )
+from scripted import Cycle
 
 from decoder import generate
 from speculation import acceptance, samplers
+from speculation.lookup import Lookup
 from speculation.sampling import COUPLINGS
 
 LEAST = 1e-4
@@ -62,9 +64,65 @@ def test_law_is_the_targets(pair, way, kind, num_draft):
 
 def test_law_of_drafts_that_a_budget_cuts_short(pair):
     """How many tokens are judged together differs from round to round."""
-    options = replace(WAYS["temperature 1"], seed=1)
+    options = replace(WAYS["temperature 1"], seed=1, coupling="residual")
     seen, _, _ = sample(pair, pair.drafter, options, 3, SAMPLES, most=LENGTH)
     assert chi_square(seen, exact_law(pair, options)) > LEAST
+
+
+@pytest.mark.parametrize(
+    "kind, sizes",
+    [
+        ("model", (0, 1, 4, 2)),
+        ("model", (2, 0, 1)),
+        ("lookup", (0, 1, 4)),
+        ("model behind lookup", (0, 4, 1)),
+        ("model behind lookup", (1, 2)),
+    ],
+    ids=str,
+)
+def test_law_under_a_plan(pair, kind, sizes):
+    """That drafts another number of tokens each round, and what was found where
+    something was: in one batch there are rows of both kinds."""
+    options = replace(WAYS["temperature 1"], seed=1, coupling="residual")
+    lookup = Lookup(1) if "lookup" in kind else None
+    drafter = pair.drafter if "model" in kind else None
+    plan = Cycle(*sizes)
+    seen, _, judged = sample(
+        pair, drafter, options, plan.most, SAMPLES, lookup=lookup, policy=plan
+    )
+    assert judged
+    assert chi_square(seen, exact_law(pair, options)) > LEAST
+
+
+def found_with_the_models_q(monkeypatch):
+    """What was looked up is judged as if the model had drawn it."""
+    init = samplers.RoundSampler.__init__
+
+    def wrong(self, *args, certain=None, **options):
+        init(self, *args, **options)
+
+    monkeypatch.setattr(samplers.RoundSampler, "__init__", wrong)
+
+
+def found_with_the_next_rows_q(monkeypatch):
+    """Rows that were looked up, and those that were not, change places."""
+    init = samplers.RoundSampler.__init__
+
+    def wrong(self, *args, certain=None, **options):
+        init(self, *args, certain=certain and [not sure for sure in certain], **options)
+
+    monkeypatch.setattr(samplers.RoundSampler, "__init__", wrong)
+
+
+@pytest.mark.parametrize(
+    "breakage", [found_with_the_models_q, found_with_the_next_rows_q]
+)
+def test_a_broken_batch_of_both_kinds_is_noticed(pair, monkeypatch, breakage):
+    breakage(monkeypatch)
+    options = replace(WAYS["temperature 1"], seed=1, coupling="residual")
+    looked = {"lookup": Lookup(1), "policy": Cycle(0, 4, 1)}
+    seen, _, _ = sample(pair, pair.drafter, options, 3, SAMPLES, **looked)
+    assert chi_square(seen, exact_law(pair, options)) < LEAST / 100
 
 
 def test_plain_sampling(pair):
