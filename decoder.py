@@ -243,8 +243,10 @@ class Engine:
                 seen.append((place, row, outcome, commit))
             if outcome.finite < current.positions:
                 self._odd.add(place)
-        # Plain rounds are built ahead where they can be: others of them take longer.
+        # A GPU is kept busy with plain rounds that were queued ahead: others of them
+        # take longer.
         typical = current.plan.size or changes or (was_ahead and self._ahead)
+        typical = typical or not on_gpu()
         self._drafts.observe(
             current.plan, seen, len(outcomes), seconds if typical else None
         )

@@ -487,6 +487,7 @@ def policy_for(target: Session, draft: Session | None) -> Auto:
         most_drafted(),
         step=min(max(step, 0.02), 1.0),
         token=0.03 if on_gpu() else 0.1,
+        ahead=on_gpu(),
     )
 
 

@@ -36,10 +36,10 @@ _CHEAP = 0.05
 _FIRST_PAUSE, _LONGEST_PAUSE = 2, 512
 #: Plain rounds that may be lost at first, what share of all besides, and how much of
 #: what was saved may be lost again.
-_FIRST_CREDIT, _CREDIT, _MOST_CREDIT = 0.7, 0.01, 4.0
+_FIRST_CREDIT, _CREDIT, _MOST_CREDIT = 0.75, 0.01, 4.0
 #: Giving the draft a prompt, in plain rounds, before it was timed.
 _ENTRY = 0.5
-#: Plain rounds that follow one that is to be timed: the first of them takes longer.
+#: Plain rounds that follow one that is to be timed, where the first takes longer.
 _PLAIN_RUN = 2
 #: Tokens and texts that the mean length begins with.
 _TEXT = 32.0, 1.0
@@ -181,11 +181,19 @@ class Auto:
         rounds: how many drafted so many tokens, at [K].
     """
 
-    def __init__(self, most: int = MOST, *, step: float = 0.1, token: float = 0.1):
+    def __init__(
+        self,
+        most: int = MOST,
+        *,
+        step: float = 0.1,
+        token: float = 0.1,
+        ahead: bool = False,
+    ):
         """
         Args:
             most: the most tokens of a draft.
             step, token: of :class:`Costs`, before anything was measured.
+            ahead: whether a plain round after another takes less time than one alone.
         """
         self.most = most
         self.drafting = True
@@ -193,6 +201,7 @@ class Auto:
         self._sizes = np.arange(most + 1)
         self._skipped = np.array([size not in _SIZES for size in self._sizes])
         self._prior = step, token
+        self._plain_run = _PLAIN_RUN if ahead else 0
         self._costs: dict[int, Costs] = {}
         self._chances: dict[tuple[str, int], Chances] = {}
         self._entering: float | None = None  # seconds: the draft takes in a prompt
@@ -211,7 +220,7 @@ class Auto:
         self._settled = False
         if costs.rounds and costs.plain_seen < min(1 + costs.rounds / 8, KNOWN):
             # What it costs has to be known, to compare with.
-            self._plain_more = _PLAIN_RUN
+            self._plain_more = self._plain_run
             return plain
         self._plain_more = 0
         options = self._options(costs, rows)
@@ -365,7 +374,8 @@ class Auto:
                 entry = (uses & lacking[:, None]).sum(axis=0) * self._entry(costs)
                 length = max(self._tokens / self._texts, 1.0)
                 cost = cost + entry * tokens / length
-                risk[1] += entry
+                if self._entering is not None:
+                    risk[1] += entry
             risk[1] -= 1 + sure * (tokens - 1)
             gain[1] = np.where(uses.any(axis=0), tokens / cost, -math.inf)
             gain[1, 0] = -math.inf
