@@ -38,12 +38,15 @@ class Costs:
         seen: (2, most + 1), how often others were, as :attr:`of` has them.
     """
 
-    def __init__(self, most: int, step: float, token: float):
+    def __init__(
+        self, most: int, step: float, token: float, like: "Costs | None" = None
+    ):
         """
         Args:
             most: the most tokens of a draft.
             step: what a step of the draft is expected to cost.
             token: likewise another token of the target's pass.
+            like: what is known of another number of rows, which is expected instead.
         """
         self.rounds = 0
         self.plain_seen = 0.0
@@ -52,6 +55,8 @@ class Costs:
         size = np.arange(most + 1)
         steps = np.stack([0 * size, size])
         self._expected = np.log(1 + token * size + step * steps)
+        if like:
+            self._expected = np.log(like.of)
         self._corrections = np.zeros((2, most + 1))  # to add, logarithms
         self.seen = np.zeros((2, most + 1))  # how often, lately
         far = (steps.reshape(-1, 1) - steps.reshape(-1)) ** 2
@@ -184,7 +189,7 @@ class Costs:
             "rounds": self.rounds,
             "plain_seen": round(self.plain_seen, 2),
             "seen": np.round(self.seen, 2).tolist(),
-            "corrections": np.round(self._corrections, 4).tolist(),
+            "costs": np.round(self._expected + self._corrections, 4).tolist(),
         }
 
     def restore(self, value: dict[str, Any]) -> None:
@@ -194,16 +199,16 @@ class Costs:
             ValueError, TypeError, KeyError: it is odd.
         """
         seen = np.array(value["seen"], float)
-        corrections = np.array(value["corrections"], float)
-        if not seen.shape == corrections.shape == self.seen.shape:
+        costs = np.array(value["costs"], float)
+        if not seen.shape == costs.shape == self.seen.shape:
             raise ValueError("these are costs of something else")
         plain_seen = float(value["plain_seen"])
-        sound = (np.abs(corrections) < 10).all() and (seen >= 0).all()
+        sound = (np.abs(costs) < 10).all() and (seen >= 0).all()
         if not (sound and plain_seen >= 0):  # NaN is neither
             raise ValueError("these are no costs")
         self.rounds = min(max(int(value["rounds"]), 0), _STALE)
         # Another day is another machine, a little.
         self.plain_seen = min(plain_seen, 2 * KNOWN)
         self.seen = np.minimum(seen, 2 * KNOWN)
-        self._corrections = corrections
+        self._corrections = costs - self._expected
         self._of = self._farthest = None

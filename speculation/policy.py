@@ -463,7 +463,10 @@ class Auto:
 
     def _costs_of(self, batch: int) -> Costs:
         if batch not in self._costs:
-            self._costs[batch] = Costs(self.most, *self._prior)
+            known = [each for each in self._costs if self._costs[each].farthest]
+            near = min(known, key=lambda rows: abs(rows - batch), default=None)
+            like = None if near is None else self._costs[near]
+            self._costs[batch] = Costs(self.most, *self._prior, like)
         return self._costs[batch]
 
     def _chances_of(self, kind: str, match: int) -> Chances:

@@ -61,9 +61,9 @@ class Rules:
         """What rules have in common that accept alike, more or less."""
         sampling = self.sampling
         if sampling.greedy:
-            return f"greedy, delta {self.delta:g}"
-        how = "shared" if self.shared else f"delta {self.delta:g}"
-        return f"temperature {sampling.temperature:g}, {how}"
+            return f"greedy, delta {self.delta:.1f}"
+        how = "shared" if self.shared else f"delta {self.delta:.1f}"
+        return f"temperature {sampling.temperature:.1f}, {how}"
 
     @property
     def chosen(self) -> bool:
