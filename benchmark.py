@@ -88,9 +88,9 @@ def sweep(text: str, *, auto: bool = False) -> list[Any]:
         if auto and part == AUTO:
             values.append(AUTO)
             continue
-        first, _, last = part.partition("..")
+        first, dots, last = part.partition("..")
         try:
-            ends = int(first), int(last or first)
+            ends = int(first), int(last if dots else first)
         except ValueError:
             ends = 1, 0
         if not 0 <= ends[0] <= ends[1]:

@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import count, islice
+from numbers import Integral
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -125,9 +126,14 @@ class Engine:
             InputError: an option out of range.
         """
         policy = Auto() if num_draft is None else num_draft
-        if isinstance(policy, int):
+        if isinstance(policy, Integral):
             check_options(1, policy, 0)
-            policy = Fixed(policy)
+            policy = Fixed(int(policy))
+        elif not hasattr(policy, "choose"):
+            raise InputError(
+                f"num-draft is {policy!r}: it has to be a whole number, or None for as "
+                "many as pay"
+            )
         if isinstance(drafter, Lookup):
             drafter, lookup = None, drafter
         if drafter is None and lookup is None:

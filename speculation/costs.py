@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-#: How much of a surprise is the machine's, which is slower or faster than it was, and
-#: how much the round's, once both are known.
-_SPEED_GAIN, _KIND_GAIN = 0.15, 0.02
+#: How much of a surprise is the machine's, which is slower or faster than it was: that
+#: of a plain round, and that of another, of which the latter share is the round's own.
+_PLAIN_GAIN, _SPEED_GAIN, _KIND_GAIN = 0.3, 0.06, 0.03
 #: The largest surprise that is taken at its word, as a logarithm.
 _SURPRISE = 0.4
 #: Observations after which a round's cost is known.
@@ -132,7 +132,7 @@ class Costs:
             return
         surprise = min(max(surprise, -_SURPRISE), _SURPRISE)
         self._plain += _SPEED_GAIN * surprise
-        self._corrections[kind] += max(_KIND_GAIN, 0.3 / seen) * surprise
+        self._corrections[kind] += max(_KIND_GAIN, 1 / (seen + 1)) * surprise
         self.seen[kind] = min(seen + 1, _MOST_SEEN)
         if self.rounds % 8 == 0:  # it changes little
             self._of = self._farthest = None
@@ -140,7 +140,7 @@ class Costs:
     def _observe_plain(self, surprise: float) -> None:
         if self.plain_seen >= KNOWN:
             surprise = min(max(surprise, -_SURPRISE), _SURPRISE)
-            self._plain += _SPEED_GAIN * surprise
+            self._plain += _PLAIN_GAIN * surprise
             self.plain_seen = min(self.plain_seen + 1, _MOST_SEEN)
             return
         # All else was measured in what a plain round was thought to take.

@@ -10,6 +10,7 @@ that slows down slows both sides of a comparison.
 """
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -39,12 +40,16 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 2, 512
 _FIRST_CREDIT, _CREDIT, _MOST_CREDIT = 0.75, 0.01, 4.0
 #: Giving the draft a prompt, in plain rounds, before it was timed.
 _ENTRY = 0.5
+#: Seconds that no round takes.
+_LONGEST = 600.0
 #: Plain rounds that follow one that is to be timed, where the first takes longer.
 _PLAIN_RUN = 2
 #: Tokens and texts that the mean length begins with.
 _TEXT = 32.0, 1.0
 #: The most kinds of rules whose acceptance is kept.
 _MOST_KINDS = 64
+#: Of :attr:`samplers.Rules.kind`.
+_KIND = re.compile(r"(greedy|temperature \d+\.\d), (shared|delta \d\.\d)")
 #: Tokens after which the mean length of texts goes by half.
 _MOST_TOKENS = 4096
 
@@ -243,7 +248,7 @@ class Auto:
             gains = np.where(options.risk <= cheap, gains, -math.inf)
             model, size = np.unravel_index(gains.argmax(), gains.shape)
         looked_up = options.prefers[:, size].tolist() if model else options.matched
-        gain = float(options.gain[model, size])
+        gain = max(float(options.gain[model, size]), 1e-9)
         # Newcomers' prompts are for the draft as well, if that pays.
         share = len(rows) * self._entry(costs) * self._texts / self._tokens
         self.drafting = bool(model) and 1 / (1 / gain + share) >= _LEAST_GAIN
@@ -285,6 +290,11 @@ class Auto:
         """As :class:`Policy` has it."""
         fates = list(fates)
         self.rounds[plan.size] += 1
+        # A clock may jump, and a process be stopped.
+        if seconds is not None and not 0 < seconds < _LONGEST:
+            seconds = None
+        if not 0 <= entering < _LONGEST:
+            entered = 0
         costs = self._costs_of(batch)
         model = int(plan.steps > 0)
         if seconds is not None:
@@ -314,8 +324,12 @@ class Auto:
                 stood = any(fate.taken for fate in fates)
                 # Tries may take a hundredth of the time.
                 most = (costs.of[model, plan.size] - 1) / _CREDIT
-                longer = min(2 * self._pause, max(_FIRST_PAUSE, most), _LONGEST_PAUSE)
-                self._quiet, self._pause = 0, _FIRST_PAUSE if stood else longer
+                longer = min(
+                    max(2 * self._pause, _FIRST_PAUSE),
+                    max(_FIRST_PAUSE, most),
+                    _LONGEST_PAUSE,
+                )
+                self._quiet, self._pause = 0, 0 if stood else longer
         elif self._settled:
             self._quiet += 1
 
@@ -435,6 +449,8 @@ class Auto:
             "entering": self._entering,
             "length": self._tokens / self._texts,
             "pause": self._pause,
+            "balance": self._balance,
+            "worth": min(self._worth, _MOST_TOKENS),
         }
 
     def restore(self, value: Any) -> None:
@@ -444,6 +460,7 @@ class Auto:
         except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError):
             self._costs, self._chances, self._entering = {}, {}, None
             self._tokens, self._texts, self._pause = *_TEXT, _FIRST_PAUSE
+            self._balance = self._worth = 0.0
 
     def _restore(self, value: Any) -> None:
         if value["most"] != self.most:
@@ -451,12 +468,18 @@ class Auto:
         for rows, its in value["costs"].items():
             self._costs_of(int(rows)).restore(its)
         for kind, match, its in value["chances"]:
-            self._chances_of(str(kind), int(match)).restore(its)
+            if not _KIND.fullmatch(kind):
+                raise ValueError("there are no such rules")
+            self._chances_of(kind, int(match)).restore(its)
         entering, length = value["entering"], float(value["length"])
         if entering is not None and not 0 <= float(entering) < 3600:
             raise ValueError("this is no time")
         if not 1 <= length < 1e6:
             raise ValueError("this is no length")
+        balance, worth = float(value["balance"]), float(value["worth"])
+        if not (abs(balance) <= _MOST_TOKENS and 0 <= worth <= _MOST_TOKENS):
+            raise ValueError("these are no rounds")
+        self._balance, self._worth = min(balance, _MOST_CREDIT), worth
         self._entering = None if entering is None else float(entering)
         self._tokens, self._texts = 4 * length, 4.0
         self._pause = min(max(int(value["pause"]), _FIRST_PAUSE), _LONGEST_PAUSE)

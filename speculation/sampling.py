@@ -11,6 +11,7 @@ Shapes: V = vocabulary.
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from numbers import Integral
 
 import mlx.core as mx
 
@@ -98,7 +99,8 @@ class Sampling:
         check("top-k", self.top_k >= 0, "at least 0 (0: all tokens)")
         check("top-p", 0 < self.top_p <= 1, "above 0 and at most 1")
         check("min-p", 0 <= self.min_p <= 1, "between 0 and 1")
-        check("seed", self.seed is None or self.seed >= 0, "at least 0")
+        whole = isinstance(self.seed, Integral)
+        check("seed", self.seed is None or (whole and self.seed >= 0), "at least 0")
         known = (None, *COUPLINGS)
         check("coupling", self.coupling in known, " or ".join(COUPLINGS))
         penalty = self.repetition_penalty
