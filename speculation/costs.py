@@ -39,7 +39,12 @@ class Costs:
     """
 
     def __init__(
-        self, most: int, step: float, token: float, like: "Costs | None" = None
+        self,
+        most: int,
+        step: float,
+        token: float,
+        like: "Costs | None" = None,
+        times: float = 1.0,
     ):
         """
         Args:
@@ -47,6 +52,7 @@ class Costs:
             step: what a step of the draft is expected to cost.
             token: likewise another token of the target's pass.
             like: what is known of another number of rows, which is expected instead.
+            times: how many times as many rows there are here.
         """
         self.rounds = 0
         self.plain_seen = 0.0
@@ -56,7 +62,9 @@ class Costs:
         steps = np.stack([0 * size, size])
         self._expected = np.log(1 + token * size + step * steps)
         if like:
-            self._expected = np.log(like.of)
+            # More rows cost more beside plain rounds, though not as many times.
+            beyond = np.maximum((like.of - 1) * math.sqrt(times), -0.5)
+            self._expected = np.log1p(beyond)
         self._corrections = np.zeros((2, most + 1))  # to add, logarithms
         self.seen = np.zeros((2, most + 1))  # how often, lately
         far = (steps.reshape(-1, 1) - steps.reshape(-1)) ** 2

@@ -320,7 +320,9 @@ class Auto:
             self._balance += worth - costs.of[model, plan.size]
             self._balance -= entered * self._entry(costs)
             self._balance = min(self._balance, _MOST_CREDIT)
-            if self._settled:  # it was a try
+            if self._settled and seconds is None:
+                pass  # another has to say what it takes
+            elif self._settled:  # it was a try
                 stood = any(fate.taken for fate in fates)
                 # Tries may take a hundredth of the time.
                 most = (costs.of[model, plan.size] - 1) / _CREDIT
@@ -341,60 +343,55 @@ class Auto:
     def _options(self, costs: Costs, rows: Sequence[Prospect]) -> "_Options":
         """What could be drafted."""
         most = min(self.most, max((row.most for row in rows), default=0))
-        far = costs.rounds and costs.rounds % _LOOK_FAR == 0
-        if not far:
+        if not costs.rounds or costs.rounds % _LOOK_FAR:
             reach = costs.farthest + _STRIDE
             most = min(most, next((n for n in sorted(_SIZES) if n >= reach), most))
         sizes = self._sizes[: most + 1]
-        count = len(rows)
-        gain = np.full((2, most + 1), -math.inf)
-        risk = costs.of[:, : most + 1].copy()
-        asked = [row.model and row.most > 0 for row in rows]
-        found = [min(row.found, row.most) for row in rows]
-        by_model = np.ones((count, most + 1))
+        found = np.array([min(row.found, row.most) for row in rows])
+        asked = np.array([row.model and row.most > 0 for row in rows])
+        by_match, by_model = self._expected(rows, sizes, found, asked)
+        prefers = (found > 0)[:, None] & (by_match >= by_model)
+        uses = asked[:, None] & ~prefers
+        mixed = np.where(prefers, by_match, by_model)
+        tokens = np.stack([by_match.sum(axis=0), mixed.sum(axis=0)]) / len(rows)
+
+        cost, risk = costs.of[:, : most + 1].copy(), costs.of[:, : most + 1].copy()
+        lacking = asked & ~np.array([row.entered for row in rows])
+        if lacking.any():
+            # To begin with a draft takes time, of which each round has a share.
+            entry = (uses & lacking[:, None]).sum(axis=0) * self._entry(costs)
+            cost[1] += entry * tokens[1] / max(self._tokens / self._texts, 1.0)
+            if self._entering is not None:
+                risk[1] += entry
         sure = min(
             self._chances_of(row.kind, 0 if row.model else row.match).sure
             for row in rows
         )
+        risk -= 1 + sure * (tokens - 1)
+        gain = tokens / cost
+        gain[:, self._skipped[: most + 1]] = -math.inf
+        gain[0, sizes > found.max()] = -math.inf
+        gain[1, ~uses.any(axis=0)] = -math.inf
+        return _Options(gain, risk, prefers, (found > 0).tolist())
+
+    def _expected(
+        self,
+        rows: Sequence[Prospect],
+        sizes: np.ndarray,
+        found: np.ndarray,
+        asked: np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens to expect of each row, (rows, sizes) each: with what was found for
+        it, and with the model's draft."""
+        by_match, by_model = np.ones((2, len(rows), len(sizes)))
         for place, row in enumerate(rows):
+            if found[place]:
+                tokens = self._chances_of(row.kind, row.match).tokens
+                by_match[place] = tokens[np.minimum(sizes, found[place])]
             if asked[place]:
                 tokens = self._chances_of(row.kind, 0).tokens
                 by_model[place] = tokens[np.minimum(sizes, row.most)]
-        lacking = np.array(
-            [ask and not row.entered for ask, row in zip(asked, rows, strict=True)]
-        )
-        if any(found):
-            by_match = np.ones((count, most + 1))
-            for place, row in enumerate(rows):
-                if found[place]:
-                    tokens = self._chances_of(row.kind, row.match).tokens
-                    by_match[place] = tokens[np.minimum(sizes, found[place])]
-            longest = min(max(found), most)
-            tokens = by_match.mean(axis=0)
-            gain[0, 1 : longest + 1] = tokens[1 : longest + 1]
-            gain[0] /= costs.of[0, : most + 1]
-            risk[0] -= 1 + sure * (tokens - 1)
-            prefers = (np.array(found) > 0)[:, None] & (by_match >= by_model)
-            uses = np.array(asked)[:, None] & ~prefers
-            by_model = np.where(prefers, by_match, by_model)
-        else:
-            prefers = np.zeros((count, 1), bool).repeat(most + 1, axis=1)
-            uses = np.array(asked)[:, None]
-        if any(asked):
-            tokens = by_model.sum(axis=0) / count
-            cost = costs.of[1, : most + 1]
-            if lacking.any():
-                # To begin with a draft takes time, of which each round has a share.
-                entry = (uses & lacking[:, None]).sum(axis=0) * self._entry(costs)
-                length = max(self._tokens / self._texts, 1.0)
-                cost = cost + entry * tokens / length
-                if self._entering is not None:
-                    risk[1] += entry
-            risk[1] -= 1 + sure * (tokens - 1)
-            gain[1] = np.where(uses.any(axis=0), tokens / cost, -math.inf)
-            gain[1, 0] = -math.inf
-        gain[:, self._skipped[: most + 1]] = -math.inf
-        return _Options(gain, risk, prefers, [each > 0 for each in found])
+        return by_match, by_model
 
     def _entry(self, costs: Costs) -> float:
         """What it takes to give the draft a prompt, in plain rounds."""
@@ -488,8 +485,8 @@ class Auto:
         if batch not in self._costs:
             known = [each for each in self._costs if self._costs[each].farthest]
             near = min(known, key=lambda rows: abs(rows - batch), default=None)
-            like = None if near is None else self._costs[near]
-            self._costs[batch] = Costs(self.most, *self._prior, like)
+            like, times = (near and self._costs[near]), batch / (near or batch)
+            self._costs[batch] = Costs(self.most, *self._prior, like, times)
         return self._costs[batch]
 
     def _chances_of(self, kind: str, match: int) -> Chances:

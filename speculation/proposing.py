@@ -20,6 +20,11 @@ from system.errors import PromptError
 NOBODYS = [0]
 
 
+#: A round in which the draft model has more tokens than that to catch up with takes
+#: longer than others of its kind.
+_BEHIND = 3
+
+
 class Proposer:
     """The drafts of a batch, as a policy wants them.
 
@@ -48,6 +53,7 @@ class Proposer:
         self._begun = False  # whether the draft model has the batch
         self._found: list[Found] = []
         self._entering, self._entered = 0.0, 0
+        self._caught_up = False  # whether the round began with that
 
     # Rows.
 
@@ -124,6 +130,10 @@ class Proposer:
             sequences = [
                 row.sequence if row and row.entered else NOBODYS for row in rows
             ]
+            behind = (
+                len(row.sequence) - row.followed for row in rows if row and row.entered
+            )
+            self._caught_up = max(behind, default=0) > _BEHIND
             draft = self._drafter.propose(sequences, plan.steps, sampler)
             size = draft.tokens.shape[1]
         else:
@@ -188,8 +198,13 @@ class Proposer:
             )
             for place, row, outcome, commit in seen
         ]
+        if self._caught_up:
+            seconds = None
+        if plan.steps:
+            for _, row, _, _ in seen:
+                row.followed = len(row.sequence) if row.entered else row.followed
         self.policy.observe(batch, plan, fates, seconds, self._entering, self._entered)
-        self._entering, self._entered = 0.0, 0
+        self._entering, self._entered, self._caught_up = 0.0, 0, False
 
     def _prospects(self, rows: list[Row | None]) -> list[Prospect]:
         """What there could be for each row that is somebody's."""

@@ -34,6 +34,7 @@ class Row:
         drafted: whether anything is drafted for it.
         asked: whether the draft model may be asked.
         entered: whether the draft model has its prompt.
+        followed: how many of its tokens there were when the draft model last drafted.
         apart: whether it is to be begun with by itself.
         finished: whether it gets no more.
     """
@@ -46,6 +47,7 @@ class Row:
         self.budget = request.max_tokens
         self.drafted = True
         self.asked = self.entered = self.apart = self.finished = False
+        self.followed = 0
         self.kind = rules.kind
         self._rules = rules
         self._stats = Stats()
@@ -73,6 +75,7 @@ class Row:
             InputError: there is no room for an answer, or no first token to force.
         """
         self.sequence = list(first)
+        self.followed = len(first)
         self.budget = min(self.budget, positions - len(first))
         if self.budget < 1:
             raise InputError(

@@ -5,6 +5,7 @@ round costs, by a curve, with noise on the clock that the policy reads. So the b
 fixed number of draft tokens is known in hindsight.
 """
 
+import json
 import math
 import random
 from functools import cache
@@ -12,6 +13,8 @@ from functools import cache
 import numpy as np
 import pytest
 
+from speculation.chances import Chances
+from speculation.costs import Costs
 from speculation.policy import Auto, Fate, Plan, Prospect
 
 TOKENS, MOST = 2000, 16
@@ -147,3 +150,179 @@ def test_texts_that_change(curve):
                 0.98 if curve == "a step at 6 rows" else 1.0 if best > 1.05 else 0.98
             ), where
             assert min(first for _, first, _ in runs) > 0.94, where
+
+
+def run(policy, rounds, kind="greedy, delta 0.0", seconds=lambda size: 0.01, alpha=0.8):
+    """So many rounds of texts of 20 tokens; the sizes of their drafts."""
+    rng = random.Random(0)
+    sizes, left = [], 20
+    for _ in range(rounds):
+        plan = policy.choose(1, [Prospect(kind, left - 1)])
+        taken = 0
+        while taken < plan.size and rng.random() < alpha:
+            taken += 1
+        left -= taken + 1
+        fate = Fate(kind, 0, plan.size, taken, taken + 1, left < 1)
+        policy.observe(1, plan, [fate], seconds(plan.size))
+        left = left if left > 0 else 20
+        sizes.append(plan.size)
+    return sizes
+
+
+def cheap(size):
+    return 0.01 * (1 + 0.05 * size)
+
+
+def test_what_it_knows_begins_the_next_run():
+    """A second run drafts at once what the first came to; nor has a useless draft to
+    show again that it is one."""
+    first = Auto(step=0.1)
+    run(first, 200, seconds=cheap)
+    second = Auto(step=0.1)
+    second.restore(json.loads(json.dumps(first.as_dict())))
+    assert min(run(second, 3, seconds=cheap)) >= 3
+    useless = Auto(step=0.1)
+    run(useless, 300, alpha=0.0, seconds=cheap)
+    again = Auto(step=0.1)
+    again.restore(json.loads(json.dumps(useless.as_dict())))
+    assert sum(run(again, 10, alpha=0.0, seconds=cheap)) <= 4
+
+
+def test_short_runs_add_up():
+    """A text a run, each of which begins with what the one before found out."""
+    kept, sizes = None, []
+    for _ in range(6):
+        policy = Auto(step=0.3)
+        policy.restore(kept)
+        sizes.append(run(policy, 4, seconds=cheap))
+        kept = json.loads(json.dumps(policy.as_dict()))
+    assert max(sizes[0]) >= 1  # it begins at once
+    assert max(sizes[-1]) >= 4
+
+
+ODD = [math.nan, math.inf, -math.inf, -1.0, 0.0, 1e300]
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_odd_clocks(odd):
+    """Seconds that cannot be are not taken in; those around them are."""
+    rng = random.Random(1)
+    policy = Auto(step=0.1)
+    sizes = run(
+        policy, 300, seconds=lambda size: odd if rng.random() < 0.2 else cheap(size)
+    )
+    assert np.mean(sizes[100:]) > 3
+    assert math.isfinite(policy._costs[1].plain_seconds)
+    assert not any("nan" in line or "inf" in line for line in policy.reasons())
+    policy = Auto(step=0.1)
+    run(policy, 50, seconds=lambda size: odd)  # nothing but these
+    assert policy.as_dict()
+
+
+def test_other_kinds_of_rules_are_apart():
+    policy = Auto(step=0.1)
+    run(policy, 150, seconds=cheap, alpha=0.9)
+    run(policy, 150, kind="temperature 1.0, shared", seconds=cheap, alpha=0.0)
+    greedy = policy.choose(1, [Prospect("greedy, delta 0.0", 20)])
+    assert greedy.size >= 4
+
+
+@pytest.mark.parametrize("kind", ["\x1b[2J", "greedy", "greedy, delta 0.0\n", "", 5])
+def test_kinds_that_no_rules_have_are_not_restored(kind):
+    policy = Auto(step=0.1)
+    run(policy, 30, seconds=cheap)
+    kept = policy.as_dict()
+    kept["chances"][0][0] = kind
+    again = Auto(step=0.1)
+    again.restore(kept)
+    assert again.reasons() == []
+
+
+def test_a_batch_drafts_for_all_its_rows_or_for_none():
+    """What pays for one row does not for many, where many rows cost as much."""
+    policy = Auto(step=0.1)
+    rng = random.Random(0)
+    sizes = {1: [], 16: []}
+    for number in range(600):
+        rows = 16 if number % 2 else 1
+        plan = policy.choose(rows, [Prospect("greedy, delta 0.0", 50)] * rows)
+        fates = []
+        for _ in range(rows):
+            taken = 0
+            while taken < plan.size and rng.random() < 0.7:
+                taken += 1
+            fates.append(Fate("greedy, delta 0.0", 0, plan.size, taken, taken + 1))
+        slow = 1 + plan.size if rows == 16 else 1 + 0.05 * plan.size
+        policy.observe(rows, plan, fates, 0.01 * slow)
+        sizes[rows].append(plan.size)
+    assert np.mean(sizes[1][100:]) > 3
+    assert np.mean(sizes[16][100:]) < 0.2
+
+
+def test_found_tokens_go_before_the_model_where_they_stand():
+    """Looked up tokens that stand are taken, those that do not are left to the
+    model; each row of a batch by itself."""
+    for stands, taken_up in ((0.95, True), (0.05, False)):
+        policy, rng = Auto(step=0.3), random.Random(0)
+        looked_up = 0
+        for number in range(400):
+            rows = [
+                Prospect("greedy, delta 0.0", 50, found=8, match=4),
+                Prospect("greedy, delta 0.0", 50),
+            ]
+            plan = policy.choose(2, rows)
+            fates = []
+            for row, has in zip(rows, plan.looked_up or (False, False), strict=True):
+                drafted = plan.size if has or plan.steps else 0
+                chance, taken = stands if has else 0.7, 0
+                while taken < drafted and rng.random() < chance:
+                    taken += 1
+                match = row.match if has else 0
+                fates.append(Fate(row.kind, match, drafted, taken, taken + 1))
+            cost = 1 + 0.05 * plan.size + 0.1 * plan.steps
+            policy.observe(2, plan, fates, 0.01 * cost)
+            looked_up += number >= 200 and plan.looked_up[0]
+        assert (looked_up > 150) == taken_up
+
+
+def test_costs_follow_a_machine_that_changes():
+    """All rounds take twice as long from now on: no cost changes by much."""
+    costs = Costs(MOST, 0.1, 0.1)
+    rng = random.Random(0)
+    for slow in (1, 2, 1):
+        for number in range(120):
+            size = (0, 3, 5)[number % 3]
+            seconds = 0.01 * slow * (1 + 0.1 * size) * math.exp(rng.gauss(0, 0.05))
+            costs.observe(True, size, seconds)
+        assert costs.plain_seconds == pytest.approx(0.01 * slow, rel=0.1)
+        assert costs.of[1, 5] == pytest.approx(1.5, rel=0.1)
+        assert costs.of[1, 3] == pytest.approx(1.3, rel=0.1)
+
+
+def test_one_slow_round_is_not_believed():
+    """What else had the machine in a round's first try has it not the next time."""
+    costs = Costs(MOST, 0.1, 0.1)
+    for _ in range(10):
+        costs.observe(True, 0, 0.01)
+    costs.observe(True, 4, 0.1)
+    assert costs.of[1, 4] < 3
+    for _ in range(6):
+        costs.observe(True, 4, 0.014)
+    assert costs.of[1, 4] == pytest.approx(1.4, rel=0.15)
+
+
+def test_chances_are_not_biased_by_what_a_rejection_hides():
+    """Place by place, against the chances that the drafts were made with."""
+    true = [0.9, 0.8, 0.5, 0.7]
+    rng = random.Random(0)
+    chances = Chances(4)
+    seen = []
+    for number in range(6000):
+        taken = 0
+        while taken < 4 and rng.random() < true[taken]:
+            taken += 1
+        chances.observe([(4, taken)])
+        if number > 500:
+            seen.append(chances.tokens)
+    expected = 1 + np.cumsum(np.concatenate([[0], np.cumprod(true)]))
+    assert np.mean(seen, axis=0) == pytest.approx(expected, rel=0.04)

@@ -187,11 +187,20 @@ def test_a_fingerprint_is_a_models(tmp_path):
 def experienced(most=4):
     """A policy that has seen some rounds."""
     policy = Auto(most)
-    rows = [Prospect("greedy", most, found=2, match=3), Prospect("greedy", most)]
+    rows = [
+        Prospect("greedy, delta 0.0", most, found=2, match=3),
+        Prospect("greedy, delta 0.0", most),
+    ]
     for number in range(60):
         plan = policy.choose(2, rows)
         fates = [
-            Fate("greedy", 3 * has, plan.size, plan.size // 2, 1 + plan.size // 2)
+            Fate(
+                "greedy, delta 0.0",
+                3 * has,
+                plan.size,
+                plan.size // 2,
+                1 + plan.size // 2,
+            )
             for has in plan.looked_up
         ]
         took = 0.01 * (1 + 0.1 * plan.size + 0.01 * (number % 3))
@@ -240,7 +249,10 @@ def test_a_policy_believes_nothing_odd():
     """Whatever is changed in what was kept, it decides by numbers, and learns."""
     kept = json.loads(json.dumps(experienced().as_dict()))
     nothing = Auto(4).as_dict()
-    rows = [Prospect("greedy", 4, found=2, match=3), Prospect("greedy", 4)]
+    rows = [
+        Prospect("greedy, delta 0.0", 4, found=2, match=3),
+        Prospect("greedy, delta 0.0", 4),
+    ]
     ways = list(paths(kept))
     assert len(ways) > 40
     for at in ways:
@@ -253,7 +265,7 @@ def test_a_policy_believes_nothing_odd():
                 plan = policy.choose(2, rows)
                 assert 0 <= plan.steps <= plan.size <= 4
                 assert np.isfinite(plan.gain)
-                fate = Fate("greedy", 0, plan.size, 0, 1)
+                fate = Fate("greedy, delta 0.0", 0, plan.size, 0, 1)
                 policy.observe(2, plan, [fate, fate], 0.01)
             assert np.isfinite(policy._costs_of(2).of).all(), (at, new)
             assert np.isfinite(policy._costs_of(2).plain_seconds), (at, new)
