@@ -32,6 +32,7 @@ from speculation.lookup import LONGEST, Found, Lookup
 from speculation.policy import Fate, Plan, Prospect
 from speculation.requests import Request
 from speculation.session import Session
+from system.device import on_gpu
 from system.errors import InputError, say
 
 #: Seconds for a batch size, pauses included, unless so few sweeps take longer.
@@ -323,8 +324,9 @@ class _Texts:
 
 
 def _rounds(size: int) -> int:
-    """Of a block: the last plain one is not timed, as none is built beside it."""
-    return FIRST + TIMED + (size == 0)
+    """Of a block: on a GPU the last plain one is not timed, as none is queued behind
+    it."""
+    return FIRST + TIMED + (size == 0 and on_gpu())
 
 
 class _Blocks:

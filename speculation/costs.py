@@ -63,8 +63,8 @@ class Costs:
         self._expected = np.log(1 + token * size + step * steps)
         if like:
             # More rows cost more beside plain rounds, though not as many times.
-            beyond = np.maximum((like.of - 1) * math.sqrt(times), -0.5)
-            self._expected = np.log1p(beyond)
+            beyond = (like.of - 1) * math.sqrt(times)
+            self._expected = np.log1p(np.maximum(beyond, _LEAST))
         self._corrections = np.zeros((2, most + 1))  # to add, logarithms
         self.seen = np.zeros((2, most + 1))  # how often, lately
         far = (steps.reshape(-1, 1) - steps.reshape(-1)) ** 2
@@ -99,7 +99,8 @@ class Costs:
             share -= np.log(np.maximum(np.exp(expected) - 1, _LEAST))
             lent = self._near * np.minimum(seen, _MOST_LENT)
             weight = lent.sum(axis=1) + 1e-4
-            beyond = (np.exp(expected) - 1) * np.exp(lent @ share / weight)
+            beyond = np.maximum(np.exp(expected) - 1, _LEAST)
+            beyond *= np.exp(lent @ share / weight)
             # At first it goes by them, then ever more by itself.
             total = (weight * np.log1p(beyond) + seen * own) / (weight + seen)
             self._of = np.exp(total).reshape(self.seen.shape)

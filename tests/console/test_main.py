@@ -44,7 +44,8 @@ def models(pair) -> tuple:
 
 
 def test_text_and_statistics(call, pair):
-    status, out, err = call(*models(pair), "--prompt", PROMPT, "--max-tokens", 20)
+    flags = [*models(pair), "--prompt", PROMPT, "--max-tokens", 20, "--num-draft", 3]
+    status, out, err = call(*flags)
     assert status == 0
     assert out.endswith("\n")
     assert "20 tokens in" in err
@@ -106,6 +107,7 @@ class Terminal:
 def test_color(call, pair, monkeypatch):
     """Green for the draft's tokens in a terminal, and no escape codes elsewhere."""
     arguments = (*models(pair), "--prompt", PROMPT, "--color", "--max-tokens", 40)
+    arguments += ("--num-draft", 3)
     plain = call(*arguments)[1]
     assert "\x1b" not in plain
     with monkeypatch.context() as patch:
@@ -294,7 +296,7 @@ def test_compare(call, pair):
     assert status == 0
     assert out == call(*flags[:-1])[1]
     assert re.search(r"compared: \d+\.\d\d times as fast .* s\), the same text\n", err)
-    assert "another text" in call(*flags, "--delta", 1)[2]
+    assert "another text" in call(*flags, "--delta", 1, "--num-draft", 3)[2]
     for alone in (["--regular-decode"], ["--num-draft", 0], ["--draft-model", "none"]):
         one_line(call(*flags, *alone), "--compare needs a draft")
 

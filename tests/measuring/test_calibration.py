@@ -118,7 +118,7 @@ def test_what_is_timed(models, monkeypatch):
         drafted.clear()
         seconds = texts.block(kind)
         assert len(seconds) == timed and min(seconds) > 0
-        rounds = first + timed + (kind == PLAIN)
+        rounds = first + timed
         assert fed == [(3, kind.size + 1)] * rounds
         assert drafted == [kind.size] * rounds * kind.model
         assert texts._policy.rows == 3
