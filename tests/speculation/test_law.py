@@ -275,6 +275,7 @@ def test_seeds_and_streams(pair, coupling):
                 [PROMPT] * 20,
                 eos_tokens={END},
                 max_tokens=6,
+                num_draft=3,
                 sampling=options,
                 streams=[(stream, row) for row in range(20)],
             )
