@@ -330,7 +330,7 @@ def _pair(args: Namespace, drafts: bool) -> Any:
         unverified=args.unverified,
         lookup=args.lookup,
     )
-    if drafts and pair.drafter is None and pair.lookup is None:
+    if drafts and not pair.drafts:
         raise InputError("there is no draft to measure: name one with --draft-model")
     return pair
 

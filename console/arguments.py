@@ -268,17 +268,14 @@ def check_flags(arguments: Namespace) -> None:
             raise InputError("--input has an answer a line: no --num-samples")
         if arguments.resume and arguments.output in (None, "-"):
             raise InputError("--resume needs --output, a file")
-    if arguments.compare and (
+    alone = (
         arguments.regular_decode
         or arguments.num_draft == 0
         or arguments.draft_model == NO_DRAFT
-    ):
+    )
+    if arguments.compare and alone:
         raise InputError("--compare needs a draft to compare with the target alone")
-    if arguments.lookup and (
-        arguments.regular_decode
-        or arguments.num_draft == 0
-        or arguments.draft_model == NO_DRAFT
-    ):
+    if arguments.lookup and alone:
         raise InputError("--lookup drafts: it does not go with the target alone")
     if arguments.system is not None and not arguments.chat:
         raise InputError("--system needs --chat")

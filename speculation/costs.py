@@ -127,19 +127,17 @@ class Costs:
 
     def _observe_draft(self, kind: tuple[int, int], surprise: float) -> None:
         seen = self.seen[kind]
-        known = math.log(self.of[kind]) - self._expected[kind]
+        # What is off by much may be the device's first round of its kind, or an
+        # interruption.
+        weight = 1.0 if abs(surprise) < _SURPRISE else 0.5
+        surprise = _bounded(surprise)
         if seen < KNOWN:
-            # What is off by much may be the device's first round of its kind, or an
-            # interruption.
-            weight = 1.0 if abs(surprise) < _SURPRISE else 0.5
-            surprise = min(max(surprise, -_SURPRISE), _SURPRISE)
             if not seen:
-                self._corrections[kind] = known
+                self._corrections[kind] = math.log(self.of[kind]) - self._expected[kind]
             self.seen[kind] = seen + weight
             self._corrections[kind] += surprise * weight / (seen + weight)
             self._of = self._farthest = None
             return
-        surprise = min(max(surprise, -_SURPRISE), _SURPRISE)
         self._plain += _SPEED_GAIN * surprise
         self._corrections[kind] += max(_KIND_GAIN, 1 / (seen + 1)) * surprise
         self.seen[kind] = min(seen + 1, _MOST_SEEN)
@@ -148,8 +146,7 @@ class Costs:
 
     def _observe_plain(self, surprise: float) -> None:
         if self.plain_seen >= KNOWN:
-            surprise = min(max(surprise, -_SURPRISE), _SURPRISE)
-            self._plain += _PLAIN_GAIN * surprise
+            self._plain += _PLAIN_GAIN * _bounded(surprise)
             self.plain_seen = min(self.plain_seen + 1, _MOST_SEEN)
             return
         # All else was measured in what a plain round was thought to take.
@@ -221,3 +218,8 @@ class Costs:
         self.seen = np.minimum(seen, 2 * KNOWN)
         self._corrections = costs - self._expected
         self._of = self._farthest = None
+
+
+def _bounded(surprise: float) -> float:
+    """As much of it as is taken at its word."""
+    return min(max(surprise, -_SURPRISE), _SURPRISE)

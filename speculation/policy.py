@@ -183,7 +183,6 @@ class Auto:
 
     Attributes:
         most, drafting: of :class:`Policy`.
-        rounds: how many drafted so many tokens, at [K].
     """
 
     def __init__(
@@ -202,7 +201,6 @@ class Auto:
         """
         self.most = most
         self.drafting = True
-        self.rounds = [0] * (most + 1)
         self._sizes = np.arange(most + 1)
         self._skipped = np.array([size not in _SIZES for size in self._sizes])
         self._prior = step, token
@@ -289,7 +287,6 @@ class Auto:
     ) -> None:
         """As :class:`Policy` has it."""
         fates = list(fates)
-        self.rounds[plan.size] += 1
         # A clock may jump, and a process be stopped.
         if seconds is not None and not 0 < seconds < _LONGEST:
             seconds = None
@@ -298,7 +295,7 @@ class Auto:
         costs = self._costs_of(batch)
         model = int(plan.steps > 0)
         if seconds is not None:
-            costs.observe(plan.steps > 0, plan.size, seconds)
+            costs.observe(bool(model), plan.size, seconds)
         if entered:
             each = entering / entered
             known = self._entering
@@ -320,9 +317,8 @@ class Auto:
             self._balance += worth - costs.of[model, plan.size]
             self._balance -= entered * self._entry(costs)
             self._balance = min(self._balance, _MOST_CREDIT)
-            if self._settled and seconds is None:
-                pass  # another has to say what it takes
-            elif self._settled:  # it was a try
+            # It was a try; one without seconds is followed by another, that has them.
+            if self._settled and seconds is not None:
                 stood = any(fate.taken for fate in fates)
                 # Tries may take a hundredth of the time.
                 most = (costs.of[model, plan.size] - 1) / _CREDIT
