@@ -183,6 +183,7 @@ class Auto:
 
     Attributes:
         most, drafting: of :class:`Policy`.
+        rounds: how many drafted so many tokens, at [K].
     """
 
     def __init__(
@@ -201,6 +202,7 @@ class Auto:
         """
         self.most = most
         self.drafting = True
+        self.rounds = [0] * (most + 1)
         self._sizes = np.arange(most + 1)
         self._skipped = np.array([size not in _SIZES for size in self._sizes])
         self._prior = step, token
@@ -287,6 +289,7 @@ class Auto:
     ) -> None:
         """As :class:`Policy` has it."""
         fates = list(fates)
+        self.rounds[plan.size] += 1
         # A clock may jump, and a process be stopped.
         if seconds is not None and not 0 < seconds < _LONGEST:
             seconds = None
