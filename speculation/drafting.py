@@ -41,6 +41,10 @@ class Drafter(Protocol):
     def take(self, rows: list[int], blank: int = 0) -> None:
         """As :meth:`Session.take`."""
 
+    def follow(self, sequences: list[list[int]]) -> None:
+        """Take in, and wait for it, what was committed while others drafted or nobody
+        did: ``sequences`` of :meth:`propose`, which would have to do it otherwise."""
+
     def propose(
         self, sequences: list[list[int]], num_draft: int, sampler: RoundSampler
     ) -> Draft:
@@ -100,6 +104,11 @@ class ModelDrafter:
     def batch_bytes(self, rows: int, prompt: int, answer: int) -> int:
         """As :class:`Drafter` has it."""
         return self.session.batch_bytes(rows, prompt, answer)
+
+    def follow(self, sequences: list[list[int]]) -> None:
+        """As :class:`Drafter` has it."""
+        self._settle(sequences)
+        mx.eval(self._catch_up([sequence[:-1] or sequence for sequence in sequences]))
 
     def propose(
         self, sequences: list[list[int]], num_draft: int, sampler: RoundSampler

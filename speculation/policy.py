@@ -143,7 +143,7 @@ class Policy(Protocol):
             fates: of its rows.
             seconds: that it took; None where they say nothing.
             entering: seconds that it took before that to give the draft model the
-                prompts of so many rows, ``entered``.
+                prompts of so many rows, ``entered``, and what it lacked of their texts.
         """
 
 
@@ -294,7 +294,7 @@ class Auto:
         if seconds is not None and not 0 < seconds < _LONGEST:
             seconds = None
         if not 0 <= entering < _LONGEST:
-            entered = 0
+            entering, entered = 0.0, 0
         costs = self._costs_of(batch)
         model = int(plan.steps > 0)
         if seconds is not None:
@@ -318,7 +318,8 @@ class Auto:
         self._worth += worth
         if plan.size:
             self._balance += worth - costs.of[model, plan.size]
-            self._balance -= entered * self._entry(costs)
+            if costs.plain_seconds:  # a first time may take ever so long
+                self._balance -= min(entering / costs.plain_seconds, _MOST_CREDIT)
             self._balance = min(self._balance, _MOST_CREDIT)
             # It was a try; one without seconds is followed by another, that has them.
             if self._settled and seconds is not None:

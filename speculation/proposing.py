@@ -20,7 +20,7 @@ from system.errors import PromptError
 NOBODYS = [0]
 
 
-#: A round in which the draft model has more tokens than that to catch up with takes
+#: The most tokens that the draft model catches up with in a round, which would take
 #: longer than others of its kind.
 _BEHIND = 3
 
@@ -52,8 +52,7 @@ class Proposer:
         self._most = min(policy.most, self._draft_positions // 2)
         self._begun = False  # whether the draft model has the batch
         self._found: list[Found] = []
-        self._entering, self._entered = 0.0, 0
-        self._caught_up = False  # whether the round began with that
+        self._entering, self._entered = 0.0, 0  # before the round: seconds, rows
 
     # Rows.
 
@@ -111,7 +110,14 @@ class Proposer:
         while True:
             prospects = self._prospects(rows)
             plan = self.policy.choose(len(rows), prospects)
-            if not plan.steps or self._enter(rows, plan):
+            if not plan.steps:
+                return plan
+            began = time.perf_counter()
+            ready = self._enter(rows, plan)
+            if ready:
+                self._follow(rows)
+            self._entering += time.perf_counter() - began
+            if ready:
                 return plan
 
     def stays_plain(self, rows: list[Row | None]) -> bool:
@@ -127,14 +133,7 @@ class Proposer:
         found = self.looked_up(rows, plan)
         size = plan.size
         if plan.steps:
-            sequences = [
-                row.sequence if row and row.entered else NOBODYS for row in rows
-            ]
-            behind = (
-                len(row.sequence) - row.followed for row in rows if row and row.entered
-            )
-            self._caught_up = max(behind, default=0) > _BEHIND
-            draft = self._drafter.propose(sequences, plan.steps, sampler)
+            draft = self._drafter.propose(_sequences(rows), plan.steps, sampler)
             size = draft.tokens.shape[1]
         else:
             draft = Draft(mx.zeros((len(rows), size), mx.int32))
@@ -185,7 +184,7 @@ class Proposer:
 
         Args:
             seen: the places of rows, what became of their drafts, and what was added.
-            seconds: None where they say nothing.
+            seconds: from :meth:`plan` on; None where they say nothing.
         """
         fates = [
             Fate(
@@ -198,13 +197,13 @@ class Proposer:
             )
             for place, row, outcome, commit in seen
         ]
-        if self._caught_up:
-            seconds = None
+        if seconds is not None:
+            seconds -= self._entering
         if plan.steps:
             for _, row, _, _ in seen:
                 row.followed = len(row.sequence) if row.entered else row.followed
         self.policy.observe(batch, plan, fates, seconds, self._entering, self._entered)
-        self._entering, self._entered, self._caught_up = 0.0, 0, False
+        self._entering, self._entered = 0.0, 0
 
     def _prospects(self, rows: list[Row | None]) -> list[Prospect]:
         """What there could be for each row that is somebody's."""
@@ -253,14 +252,20 @@ class Proposer:
         if not places:
             return True
         newcomers = [rows[place] for place in places]
-        began = time.perf_counter()
         if not self._give(rows, places):
             # Each by itself shows whose fault it is.
             for row, place in zip(newcomers, places, strict=True):
                 row.asked = len(places) > 1 and self._give(rows, [place])
-        self._entering += time.perf_counter() - began
         self._entered += sum(row.entered for row in newcomers)
         return all(row.entered for row in newcomers)
+
+    def _follow(self, rows: list[Row | None]) -> None:
+        """Have the draft model up to date, where it is far behind."""
+        behind = (
+            len(row.sequence) - row.followed for row in rows if row and row.entered
+        )
+        if max(behind, default=0) > _BEHIND:
+            self._drafter.follow(_sequences(rows))
 
     def _give(self, rows: list[Row | None], places: list[int]) -> bool:
         """Give the draft model the prompts of these rows; False where it has no room
@@ -281,6 +286,11 @@ class Proposer:
         for row in newcomers:
             row.entered = True
         return True
+
+
+def _sequences(rows: list[Row | None]) -> list[list[int]]:
+    """What the draft model is to go on from."""
+    return [row.sequence if row and row.entered else NOBODYS for row in rows]
 
 
 def _prompts(rows: list[Row]) -> list[list[int]]:

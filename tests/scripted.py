@@ -33,6 +33,9 @@ class Scripted:
     def batch_bytes(self, rows, prompt, answer):
         return 0
 
+    def follow(self, sequences):
+        pass
+
     def propose(self, sequences, num_draft, sampler):
         rows = [self.guess(sequence, num_draft) for sequence in sequences]
         counts = self.ragged and [self.ragged(s) % (num_draft + 1) for s in sequences]

@@ -1,6 +1,7 @@
 """Whoever drafts, whenever: the draft model is given a prompt when it is first asked,
 lookup goes before it, and a policy changes its mind from round to round."""
 
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -293,3 +294,53 @@ def test_a_draft_enters_in_the_middle_of_a_text(families):
     fresh = ModelDrafter(session)
     fresh.start(PROMPTS[:2])
     assert found == propose(fresh, text, [0, *range(40, 60)])
+
+
+class Slow(Scripted):
+    """A drafter that takes long to take in what was written before it is asked."""
+
+    def __init__(self, clock):
+        super().__init__(lambda sequence, n: [1] * n)
+        self.clock, self.followed = clock, 0
+
+    def start(self, prompts):
+        self.clock.now += 1000
+
+    def follow(self, sequences):
+        self.clock.now += 1000
+        self.followed += 1
+
+
+class Seen(Cycle):
+    """Keeps the seconds of its rounds, and of what was before them."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.seconds, self.entering = [], []
+
+    def observe(self, batch, plan, fates, seconds, entering=0.0, entered=0):
+        self.seconds.append(seconds)
+        self.entering.append(entering)
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        self.now += 1
+        return self.now
+
+
+def test_what_a_draft_lacked_is_no_part_of_a_round(families, monkeypatch):
+    """A late entry, and what it was not asked about, count by themselves."""
+    clock, policy = Clock(), Seen(2, 0, 0, 0, 0, 0)
+    monkeypatch.setattr(time, "perf_counter", clock)
+    drafter = Slow(clock)
+    engine = Engine(families["t5"].target, drafter, num_draft=policy, rows=1)
+    engine.admit(Request([5, 6, 7], frozenset(), 120))
+    while engine.busy:
+        engine.step()
+    assert len(policy.seconds) > 20
+    assert min(policy.seconds) > 0 and max(policy.seconds) < 100
+    assert drafter.followed > 0
+    assert sum(policy.entering) // 1000 == 1 + drafter.followed
