@@ -1,5 +1,7 @@
 # make run    set up, and translate with the default models, the bundled pair at first
 #             (ARGS="--prompt ..." runs main.py with these flags instead)
+# make serve  set up, and answer over HTTP with the default models (ARGS goes to
+#             serve.py)
 # make test   set up, and run the tests (ARGS="-k ..." goes to pytest)
 # make bench  set up, and measure the default models (ARGS goes to benchmark.py)
 # make lint   set up, and check format, style, and that imports point down
@@ -11,7 +13,7 @@ SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.14 python3.11 \
   python3.10; do $$python -c '$(SUPPORTED)' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: run test bench lint clean
+.PHONY: run serve test bench lint clean
 
 run: $(VENV)/run
 ifdef ARGS
@@ -19,6 +21,9 @@ ifdef ARGS
 else
 	@$(BIN)/python main.py --color --compare --prompt - < demo/examples.txt
 endif
+
+serve: $(VENV)/serve
+	@$(BIN)/python serve.py $(ARGS)
 
 test: $(VENV)/dev
 	@$(BIN)/python -m pytest $(ARGS)
@@ -37,16 +42,22 @@ $(VENV)/run: requirements.txt | $(BIN)/python
 	@$(BIN)/python -m pip install --quiet --requirement $<
 	@touch $@
 
-# Installing the one set installs the other.
-$(VENV)/dev: requirements-dev.txt requirements-causal.txt requirements.txt | $(BIN)/python
-	@echo "installing requirements-dev.txt into $(VENV)"
+$(VENV)/serve: requirements-serve.txt requirements.txt | $(BIN)/python
+	@echo "installing requirements-serve.txt into $(VENV)"
 	@$(BIN)/python -m pip install --quiet --requirement $<
 	@touch $(VENV)/run $@
+
+# Installing the one set installs the others.
+$(VENV)/dev: requirements-dev.txt requirements-causal.txt requirements-serve.txt \
+  requirements.txt | $(BIN)/python
+	@echo "installing requirements-dev.txt into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --requirement $<
+	@touch $(VENV)/run $(VENV)/serve $@
 
 # Made anew when it does not run, after an upgrade of the Python it was made from say.
 ifneq ($(shell $(BIN)/python -c 'print(1)' 2>/dev/null),1)
 .PHONY: $(BIN)/python
-$(VENV)/run $(VENV)/dev: $(BIN)/python
+$(VENV)/run $(VENV)/serve $(VENV)/dev: $(BIN)/python
 endif
 
 $(BIN)/python:

@@ -14,7 +14,7 @@ import system.fast_blas  # noqa: F401  (before mlx: see there)
 import math
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -213,7 +213,7 @@ class Pair:
             delta=delta,
             sampling=sampling,
         )
-        decode = self._decode_with_special if keep_special else self.tokenizer.decode
+        decode = self.decoder(keep_special)
         text = last_text(prompt)
         return [Generation(text, decode, row) for row in _by_row(commits, count)]
 
@@ -255,7 +255,7 @@ class Pair:
         if batch_size is not None and batch_size < 1:
             raise InputError(f"batch-size is {batch_size}: it has to be at least 1")
         mine = self._latest = object()
-        decode = self._decode_with_special if keep_special else self.tokenizer.decode
+        decode = self.decoder(keep_special)
 
         def begin(question: Question, place: int) -> tuple[Generation, Request | None]:
             its = {"stream": place, **options, **question.options}
@@ -297,8 +297,10 @@ class Pair:
         sampling: Sampling = GREEDY,
         stream: int = 0,
         sample: int = 0,
+        num_draft: int | None = None,
     ) -> Request:
         """What asks an :meth:`engine` for the answer to a prompt; see :meth:`samples`.
+        ``num_draft`` is for this text alone, see :class:`requests.Request`.
 
         Raises:
             PromptError: the prompt is empty, or no text.
@@ -307,7 +309,9 @@ class Pair:
         with blame_prompt():
             encoded = self._encode(prompt)
         streams = stream, sample
-        return Request(encoded, self.eos_tokens, max_tokens, delta, sampling, streams)
+        return Request(
+            encoded, self.eos_tokens, max_tokens, delta, sampling, streams, num_draft
+        )
 
     def engine(self, rows: int, num_draft: int | None = None) -> Engine:
         """What decodes up to so many texts at once, on this pair's caches: whatever
@@ -436,6 +440,10 @@ class Pair:
         self.target.forget()
         if isinstance(self.drafter, ModelDrafter):
             self.drafter.session.forget()
+
+    def decoder(self, keep_special: bool) -> Callable[[list[int]], str]:
+        """What makes a text of tokens; ``keep_special`` of :meth:`samples`."""
+        return self._decode_with_special if keep_special else self.tokenizer.decode
 
     def _decode_with_special(self, tokens: list[int]) -> str:
         padding = self.tokenizer.ids.get("<pad>")

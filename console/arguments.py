@@ -59,7 +59,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
     )
     add(
         "--batch-size",
-        type=_batch_size,
+        type=read_batch_size,
         metavar="N|auto",
         help="with --input: the most prompts at once (default: auto, as many as the "
         f"memory has room for, up to {MOST_ROWS})",
@@ -235,7 +235,7 @@ def _num_draft(text: str) -> int | None:
         raise ArgumentTypeError(f"'{text}' is neither auto nor a number") from None
 
 
-def _batch_size(text: str) -> int | None:
+def read_batch_size(text: str) -> int | None:
     """``8`` as a number; None for ``auto``."""
     if text == "auto":
         return None

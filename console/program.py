@@ -30,7 +30,7 @@ class Program:
         self._arguments = arguments
         self._pair = pair
         self._write = write
-        self._rules = Rules(arguments, pair)
+        self._rules = Rules.of_flags(arguments, pair)
         self._system = read_system(pair, arguments.chat, arguments.system)
 
     def answer_prompts(self) -> int:

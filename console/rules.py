@@ -7,7 +7,7 @@ from typing import Any
 
 from checkpoints.defaults import DefaultsError
 from pair import Pair, require_text
-from speculation.requests import MAX_TOKENS
+from speculation.requests import DELTA, MAX_TOKENS
 from speculation.sampling import Sampling
 from system.errors import InputError, one_line, say
 from text.messages import Messages
@@ -47,18 +47,50 @@ def read_sampling(
 
 
 class Rules:
-    """How each prompt is answered: as the flags say, and with --task-defaults as the
+    """How each prompt is answered: as is asked, and with --task-defaults as the
     model's files ask for. What they ask for is said, once."""
 
-    def __init__(self, arguments: Namespace, pair: Pair):
+    def __init__(
+        self,
+        pair: Pair,
+        given: Mapping[str, Any],
+        *,
+        bad_words: Sequence[str] | None = None,
+        task_defaults: bool = False,
+        num_samples: int = 1,
+        delta: float = DELTA,
+        said: set[str] | None = None,
+    ):
+        """
+        Args:
+            given: options of :class:`Sampling`, and ``max_tokens``, where it is asked
+                for any.
+            bad_words, task_defaults, num_samples, delta: as the flags have them.
+            said: what was said already.
+
+        Raises:
+            InputError: a bad word is none.
+        """
         self._pair = pair
-        self._applied = arguments.task_defaults
-        self._num_samples = arguments.num_samples
-        self._delta = arguments.delta
-        self._given = read_given(arguments)
-        self._said: set[str] = set()
-        if arguments.bad_words:
-            self._given["bad_words_ids"] = _word_ids(pair, arguments.bad_words)
+        self._applied = task_defaults
+        self._num_samples = num_samples
+        self._delta = delta
+        self._given = dict(given)
+        self._said = set() if said is None else said
+        if bad_words:
+            self._given["bad_words_ids"] = _word_ids(pair, bad_words)
+
+    @classmethod
+    def of_flags(cls, arguments: Namespace, pair: Pair) -> "Rules":
+        """As main.py's flags have it."""
+        return cls(
+            pair,
+            read_given(arguments),
+            bad_words=arguments.bad_words,
+            task_defaults=arguments.task_defaults,
+            num_samples=arguments.num_samples,
+            delta=arguments.delta,
+        )
 
     def of(self, prompt: str | Messages) -> tuple[Sampling, int]:
         """How tokens are chosen, and the most that may be.
@@ -67,24 +99,26 @@ class Rules:
             PromptError: the prompt cannot be read.
             InputError: the rules are odd, or do not go together.
         """
-        options = {"max_tokens": MAX_TOKENS}
+        options = {"max_tokens": MAX_TOKENS, **self._asked_for(prompt), **self._given}
+        sampling = read_sampling(options, self._num_samples, self._delta)
+        # Of no prompt in particular: said before one is answered.
+        sampling.chain(self._pair.target.vocabulary, self._pair.eos_tokens)
+        return sampling, options["max_tokens"]
+
+    def _asked_for(self, prompt: str | Messages) -> dict[str, Any]:
+        """What the model's files ask for, which is said, as far as it is applied."""
         try:
             asked = self._pair.defaults(prompt, self._given)
         except DefaultsError as error:
             if self._applied:
                 raise
             self._say(f"{error}: what the model asks for is not known")
-        else:
-            for line in asked.lines(self._applied):
-                self._say(line)
-            if self._applied:
-                options |= asked.options
-                options["max_tokens"] = asked.max_tokens or MAX_TOKENS
-        options |= self._given
-        sampling = read_sampling(options, self._num_samples, self._delta)
-        # Of no prompt in particular: said before one is answered.
-        sampling.chain(self._pair.target.vocabulary, self._pair.eos_tokens)
-        return sampling, options["max_tokens"]
+            return {}
+        for line in asked.lines(self._applied):
+            self._say(line)
+        if not self._applied:
+            return {}
+        return {**asked.options, "max_tokens": asked.max_tokens or MAX_TOKENS}
 
     def _say(self, line: str) -> None:
         if line not in self._said:

@@ -9,7 +9,7 @@ import numpy as np
 from speculation.acceptance import Draft
 from speculation.drafting import Drafter
 from speculation.lookup import NOTHING, Found, Lookup
-from speculation.policy import Fate, Plan, Policy, Prospect
+from speculation.policy import Fate, Fixed, Plan, Policy, Prospect
 from speculation.requests import Commit
 from speculation.rows import Outcome, Row
 from speculation.samplers import RoundSampler
@@ -52,6 +52,7 @@ class Proposer:
         self._most = min(policy.most, self._draft_positions // 2)
         self._begun = False  # whether the draft model has the batch
         self._found: list[Found] = []
+        self._told = False  # whether the round drafts what its texts ask for
         self._entering, self._entered = 0.0, 0  # before the round: seconds, rows
 
     # Rows.
@@ -110,6 +111,10 @@ class Proposer:
         while True:
             prospects = self._prospects(rows)
             plan = self.policy.choose(len(rows), prospects)
+            asked = self._asked(rows)
+            self._told = asked > plan.size
+            if self._told:
+                plan = Fixed(asked).choose(len(rows), prospects)
             if not plan.steps:
                 return plan
             began = time.perf_counter()
@@ -122,7 +127,14 @@ class Proposer:
 
     def stays_plain(self, rows: list[Row | None]) -> bool:
         """As :meth:`Policy.stays_plain`."""
+        if self._asked(rows):
+            return False
         return self.policy.stays_plain(len(rows), self._prospects(rows))
+
+    def _asked(self, rows: list[Row | None]) -> int:
+        """How many draft tokens texts ask for by themselves."""
+        asking = (row for row in rows if row and row.request.num_draft)
+        return min(self._most, max((row.most_drafted for row in asking), default=0))
 
     def propose(
         self, rows: list[Row | None], plan: Plan, sampler: RoundSampler
@@ -202,7 +214,10 @@ class Proposer:
         if plan.steps:
             for _, row, _, _ in seen:
                 row.followed = len(row.sequence) if row.entered else row.followed
-        self.policy.observe(batch, plan, fates, seconds, self._entering, self._entered)
+        if not self._told:  # of what it did not choose it has nothing to answer for
+            self.policy.observe(
+                batch, plan, fates, seconds, self._entering, self._entered
+            )
         self._entering, self._entered = 0.0, 0
 
     def _prospects(self, rows: list[Row | None]) -> list[Prospect]:

@@ -128,6 +128,8 @@ class Request:
             distribution.
         sampling: how tokens are chosen, by both models.
         stream: what tells its random numbers from those of others, beside the seed.
+        num_draft: K for this text alone, as far as the engine drafts so many; None for
+            what the engine decides. Texts beside it may have as many.
 
     Raises:
         InputError: an option out of range.
@@ -139,9 +141,10 @@ class Request:
     delta: float = DELTA
     sampling: Sampling = GREEDY
     stream: tuple[int, ...] = (0,)
+    num_draft: int | None = None
 
     def __post_init__(self) -> None:
-        check_options(self.max_tokens, 0, self.delta)
+        check_options(self.max_tokens, self.num_draft or 0, self.delta)
         self.sampling.coupling_at(self.delta)  # raises where they do not go together
         if not all(isinstance(n, int) and n >= 0 for n in self.stream):
             raise InputError(

@@ -59,7 +59,11 @@ class Row:
     @property
     def most_drafted(self) -> int:
         """How many draft tokens may be judged in its next round."""
-        return max(0, self.budget - self._last) if self.drafted else 0
+        if not self.drafted:
+            return 0
+        most = max(0, self.budget - self._last)
+        asked = self.request.num_draft
+        return most if asked is None else min(most, asked)
 
     def begin(
         self, first: list[int], positions: int, seconds: float, now: float

@@ -31,6 +31,7 @@ MAY = {
     },
     "convert": {"architectures", "checkpoints", "model", "system", "text"},
     "main": {"console", "system"},
+    "serve": {"serving", "system"},
     "benchmark": {"console", "decoder", "measuring", "speculation", "system"},
 }
 

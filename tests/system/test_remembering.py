@@ -1,6 +1,7 @@
 """What is kept for the next run: its own, or nothing."""
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -101,6 +102,25 @@ def test_too_large_for_what_it_is(cache):
     assert remembering.recall("this") is None
 
 
+def test_what_is_no_file(cache):
+    """Nobody waits for a pipe's writer; a folder stays as it is."""
+    remembering.remember("this", 1)
+    (file,) = files(cache)
+    file.unlink()
+    os.mkfifo(file)
+    assert remembering.recall("this") is None
+    remembering.remember("this", 2)
+    assert remembering.recall("this") == 2
+    file.unlink()
+    file.symlink_to("/dev/zero")
+    assert remembering.recall("this") is None
+    file.unlink()
+    file.mkdir()
+    assert remembering.recall("this") is None
+    remembering.remember("this", 3)
+    assert files(cache) == [file]
+
+
 def test_no_folder_to_keep_it_in(cache, tmp_path, monkeypatch):
     """A file where it would be, a link to nowhere, none of one's own."""
     (tmp_path / "cache").write_text("a file")
@@ -182,6 +202,18 @@ def test_a_fingerprint_is_a_models(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"12")
     three = remembering.fingerprint(tmp_path)
     assert len({one, two, three}) == 3
+
+
+def test_another_training_is_another_model(tmp_path):
+    """Weights of the same size, of which only some bytes were read."""
+    (tmp_path / "config.json").write_text("{}")
+    rng, weights = np.random.default_rng(0), tmp_path / "weights.npz"
+    seen = set()
+    for _ in range(20):
+        np.savez(weights, a=rng.normal(size=200_000).astype(np.float32))
+        seen.add((weights.stat().st_size, remembering.fingerprint(tmp_path)))
+    assert len(seen) == 20
+    assert len({size for size, _ in seen}) == 1
 
 
 def experienced(most=4):

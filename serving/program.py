@@ -1,0 +1,142 @@
+"""What serve.py does: listen, load, answer, and end in order."""
+
+import system.fast_blas  # noqa: F401  (before mlx: see there)
+
+import asyncio
+import signal
+import socket
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import uvicorn
+
+from console.choosing import BUNDLED, choose_pair
+from pair import Pair
+from serving.app import make_app
+from serving.arguments import NAME, parse_arguments
+from serving.metrics import Metrics
+from serving.worker import Worker
+from system import fast_blas
+from system.errors import InputError, say
+
+#: Seconds that the round which is running may take to end.
+_LAST_ROUND = 30.0
+
+
+class _Server(uvicorn.Server):
+    """Ends in order at Ctrl-C and SIGTERM; at once, when told so again."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Uvicorn's own would have the signal kill the process afterwards."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self.handle_exit, number, None)
+        yield
+
+
+def main() -> int:
+    """Serve as the command line says; the exit status.
+
+    Raises:
+        InputError: the flags or the models are not what they have to be, or the port
+            is taken.
+    """
+    arguments = parse_arguments()
+    if fast_blas.hint:
+        say(fast_blas.hint)
+    with _listen(arguments.host, arguments.port) as listening:
+        return _serve(arguments, listening)
+
+
+def _serve(arguments: Namespace, listening: socket.socket) -> int:
+    metrics = Metrics()
+    worker = Worker(
+        lambda: _load(arguments),
+        rows=arguments.max_batch,
+        waiting=arguments.max_queue,
+        most_tokens=arguments.max_tokens,
+        most_prompt=arguments.max_prompt,
+        metrics=metrics,
+    )
+    app = make_app(worker, metrics, host=arguments.host, key=arguments.api_key)
+    config = uvicorn.Config(
+        app,
+        lifespan="off",
+        log_level="info" if arguments.verbose else "error",
+        access_log=arguments.verbose,
+        server_header=False,
+        timeout_graceful_shutdown=max(1, round(arguments.grace)),
+        ws="none",
+    )
+    host, port = listening.getsockname()[:2]
+    host = f"[{host}]" if ":" in host else host
+    say(f"{NAME}: listening on http://{host}:{port}")
+    asyncio.run(_until_told(_Server(config), listening, worker))
+    worker.stop(_LAST_ROUND)
+    if isinstance(worker.failed, InputError):
+        raise worker.failed
+    if worker.failed:
+        raise RuntimeError("the models' thread has ended") from worker.failed
+    return 0
+
+
+async def _until_told(
+    server: uvicorn.Server, listening: socket.socket, worker: Worker
+) -> None:
+    """Serve, until a signal comes or there is nobody to answer."""
+    worker.start()
+
+    async def watch() -> None:
+        said = False
+        while not worker.fault:
+            if worker.ready and not said:
+                said = True
+                say(f"{NAME}: ready: {worker.name}, up to {worker.rows} texts at once")
+            await asyncio.sleep(0.05)
+        server.should_exit = True
+
+    watching = asyncio.ensure_future(watch())
+    try:
+        await server.serve(sockets=[listening])
+    finally:
+        watching.cancel()
+
+
+def _load(arguments: Namespace) -> tuple[Pair, str]:
+    pair = choose_pair(
+        arguments.model,
+        arguments.draft_model,
+        plain=False,
+        unverified=arguments.unverified,
+        lookup=arguments.lookup,
+    )
+    if pair.folder.resolve() == BUNDLED[0]:
+        return pair, "bundled"
+    return pair, Path(arguments.model or pair.folder).name or pair.folder.name
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """
+    Raises:
+        InputError: nobody can listen there.
+    """
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
+        family, kind, protocol, _, address = found[0]
+        listening = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise InputError(f"--host {host} is no address here: {error}") from None
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(1024)
+    except OSError as error:
+        listening.close()
+        raise InputError(
+            f"nobody can listen on {host}, port {port} ({error.strerror}): name "
+            "another with --port, or 0 for any"
+        ) from None
+    return listening
