@@ -21,6 +21,8 @@ from serving.worker import Worker
 
 #: Bytes of a body, and seconds that it may take to come.
 LARGEST, SLOWEST = 1 << 20, 30.0
+#: Bytes that are taken from who sends too many: while it sends it hears no answer.
+_TAKEN = 16 << 20
 
 _PAGE = Path(__file__).with_name("page.html")
 _PAGE_MAY = (
@@ -200,26 +202,30 @@ async def _read_body(request: Request) -> bytes:
     if kind != "application/json":
         # A page of any site may send others without asking.
         raise RefusedError(415, "the body has to be of Content-Type application/json")
-    body = bytearray()
+    body, taken = bytearray(), 0
 
     async def receive() -> None:
+        nonlocal taken
         async for chunk in request.stream():
-            body.extend(chunk)
-            if len(body) > LARGEST:
-                raise _too_large()
+            taken += len(chunk)
+            if taken <= LARGEST:
+                body.extend(chunk)
+            elif taken > _TAKEN:
+                return
 
-    length = request.headers.get("content-length", "0")
-    if length.isdecimal() and int(length[:20]) > LARGEST:
-        raise _too_large()
     try:
         await asyncio.wait_for(receive(), SLOWEST)
     except (TimeoutError, asyncio.TimeoutError):  # two of them in Python 3.10
-        raise RefusedError(408, "the body takes too long to come") from None
+        raise RefusedError(
+            408, "the body takes too long to come", headers={"Connection": "close"}
+        ) from None
+    if taken > LARGEST:
+        raise RefusedError(
+            413,
+            f"the body is too large: {LARGEST:,} bytes are read",
+            headers={"Connection": "close"},
+        )
     return bytes(body)
-
-
-def _too_large() -> RefusedError:
-    return RefusedError(413, f"the body is too large: {LARGEST:,} bytes are read")
 
 
 async def _on_refused(_: Request, error: RefusedError) -> Response:

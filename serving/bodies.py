@@ -14,7 +14,7 @@ from msgspec import Meta, Struct
 from pair import require_text
 from speculation.requests import DELTA, check_options
 from speculation.sampling import Sampling
-from system.errors import InputError, one_line
+from system.errors import InputError, PromptError, one_line
 from text.messages import Messages, read_prompt
 
 #: Prompts of a request, texts of each, stop strings, and characters of those.
@@ -212,9 +212,10 @@ def blamed(error: InputError, chat: bool) -> RefusedError:
     """
     name = re.match(r"[\w-]+", str(error))
     name = name[0].replace("-", "_") if name else ""
-    known = name in _Body.__struct_fields__
+    known = name in (_Chat if chat else _Completion).__struct_fields__
     prompt = "messages" if chat else "prompt"
-    return RefusedError(400, str(error), param=name if known else prompt)
+    param = prompt if isinstance(error, PromptError) else None
+    return RefusedError(400, str(error), param=name if known else param)
 
 
 def _decode(raw: bytes) -> dict[str, Any]:

@@ -50,7 +50,7 @@ class Reply(Response):
         answer = self._stream if self._asked.stream else self._whole
         try:
             await answer(self._events(events, gone), scope, receive, _patient(send))
-        except (GoneError, TimeoutError, OSError):
+        except (GoneError, TimeoutError, asyncio.TimeoutError, OSError):
             pass  # nobody is there to be told
         finally:
             gone.cancel()
