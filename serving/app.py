@@ -158,6 +158,8 @@ class _Door:
 
         try:
             await self._let_in(scope)(scope, receive, counted)
+        except asyncio.CancelledError:
+            pass  # the server has ended, and did not wait any longer
         finally:
             self._metrics.request(shown, status, time.monotonic() - began)
 

@@ -3,10 +3,11 @@
 import system.fast_blas  # noqa: F401  (before mlx: see there)
 
 import asyncio
+import math
 import signal
 import socket
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,12 +22,19 @@ from serving.worker import Worker
 from system import fast_blas
 from system.errors import InputError, say
 
-#: Seconds that the round which is running may take to end.
-_LAST_ROUND = 30.0
+#: Seconds that the round which is running may take to end, and that clients may take
+#: to read that there is no more.
+_LAST_ROUND, _LAST_WORDS = 30.0, 5.0
 
 
 class _Server(uvicorn.Server):
-    """Ends in order at Ctrl-C and SIGTERM; at once, when told so again."""
+    """Ends in order at Ctrl-C and SIGTERM; at once, when told so again.
+
+    Attributes:
+        begun: called once signals are taken.
+    """
+
+    begun: Callable[[], None]
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -34,6 +42,7 @@ class _Server(uvicorn.Server):
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self.handle_exit, number, None)
+        self.begun()
         yield
 
 
@@ -68,13 +77,14 @@ def _serve(arguments: Namespace, listening: socket.socket) -> int:
         log_level="info" if arguments.verbose else "error",
         access_log=arguments.verbose,
         server_header=False,
-        timeout_graceful_shutdown=max(1, round(arguments.grace)),
+        timeout_graceful_shutdown=math.ceil(arguments.grace + _LAST_WORDS),
         ws="none",
     )
+    server = _Server(config)
     host, port = listening.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
-    say(f"{NAME}: listening on http://{host}:{port}")
-    asyncio.run(_until_told(_Server(config), listening, worker))
+    server.begun = lambda: say(f"{NAME}: listening on http://{host}:{port}")
+    asyncio.run(_until_told(server, listening, worker, arguments.grace))
     worker.stop(_LAST_ROUND)
     if isinstance(worker.failed, InputError):
         raise worker.failed
@@ -84,19 +94,22 @@ def _serve(arguments: Namespace, listening: socket.socket) -> int:
 
 
 async def _until_told(
-    server: uvicorn.Server, listening: socket.socket, worker: Worker
+    server: uvicorn.Server, listening: socket.socket, worker: Worker, grace: float
 ) -> None:
-    """Serve, until a signal comes or there is nobody to answer."""
+    """Serve, until a signal comes or there is nobody to answer; then for ``grace``
+    seconds more those who are being answered."""
     worker.start()
 
     async def watch() -> None:
         said = False
-        while not worker.fault:
+        while not (worker.fault or server.should_exit):
             if worker.ready and not said:
                 said = True
                 say(f"{NAME}: ready: {worker.name}, up to {worker.rows} texts at once")
             await asyncio.sleep(0.05)
         server.should_exit = True
+        await asyncio.sleep(grace)
+        worker.stop(0)  # who still waits is told so
 
     watching = asyncio.ensure_future(watch())
     try:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 from threading import Lock, Thread
 
+import mlx.core as mx
+
 from console.rules import Rules
 from pair import Pair
 from serving.bodies import Asked
@@ -213,6 +215,7 @@ class Worker:
             while self._take_orders():
                 self._step()
             self._keep(0.0)
+            mx.synchronize()
             self._end(InputError("the server is stopping"))
         except BaseException as error:
             self.failed = error
