@@ -66,7 +66,7 @@ from measuring.load import (
 from measuring.machine import header
 from measuring.plot import plot, plot_costs, require_matplotlib
 from measuring.prompts import read_prompts
-from measuring.servers import Models, models_of, running
+from measuring.servers import Models, Terminated, models_of, running
 from measuring.simulation import SimulatedPair
 from measuring.table import (
     BATCH_COLUMNS,
@@ -520,8 +520,8 @@ def _served(args: Namespace, about: dict[str, Any]) -> list[LoadRow]:
             with running(name, command) as server:
                 asyncio.run(load(server.url, requests[:WARM], args.clients, quiet=True))
                 replies, seconds = asyncio.run(load(server.url, requests, args.clients))
-        except KeyboardInterrupt:
-            if not rows:
+        except KeyboardInterrupt as error:
+            if not rows or isinstance(error, Terminated):
                 raise
             say(f"interrupted: nothing is known of {name}")
             break

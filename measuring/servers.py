@@ -27,6 +27,10 @@ _LISTENS = "listening on "
 _PROJECT = Path(__file__).resolve().parents[1]
 
 
+class Terminated(KeyboardInterrupt):
+    """The program is told to end: it is to do so, and not to make the best of it."""
+
+
 class Models(NamedTuple):
     """A pair by flags: of its target, and of who drafts."""
 
@@ -96,8 +100,9 @@ def running(name: str, command: list[str]) -> Iterator[Server]:
 
     Raises:
         InputError: it does not come up; the message has its last line on stderr.
+        Terminated: on SIGTERM.
     """
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         process = subprocess.Popen(
             command,
@@ -119,9 +124,9 @@ def running(name: str, command: list[str]) -> Iterator[Server]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _interrupt(_: int, __: FrameType | None) -> None:
+def _terminate(_: int, __: FrameType | None) -> None:
     """As ``timeout`` ends a program: the servers are not to outlive it."""
-    raise KeyboardInterrupt
+    raise Terminated
 
 
 def _wait(name: str, process: subprocess.Popen, server: Server) -> None:

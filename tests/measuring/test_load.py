@@ -16,7 +16,7 @@ from conftest import HANG
 import benchmark
 from measuring import load, servers
 from measuring.load import Asked, Events, Reply, draw, percentile, plain_texts, row_of
-from measuring.servers import models_of, running
+from measuring.servers import Terminated, models_of, running
 from measuring.table import LOAD_COLUMNS, table
 from measuring.their_server import app_of
 from pair import LOOKUP, Pair
@@ -365,7 +365,7 @@ def test_a_server_ends_with_its_measurement(script, error):
 
 def test_sigterm_ends_it_as_well(script):
     with (
-        pytest.raises(KeyboardInterrupt),
+        pytest.raises(Terminated),
         running("x", script("TEXTS = {}\n" + FAKE)) as server,
     ):
         signal.raise_signal(signal.SIGTERM)
@@ -444,6 +444,36 @@ def test_whole_run(bench, make, script, monkeypatch, tmp_path):
     assert [row["max_batch"] for row in rows] == [1, 8, None]
     assert [row["lost"] for row in rows] == [0, 0, 0]
     assert [row["different"] for row in rows] == [same, same, 0]
+
+
+@pytest.mark.parametrize(
+    "runs, error, expected",
+    [
+        (2, KeyboardInterrupt, (0, 1)),
+        (1, KeyboardInterrupt, (130, 0)),
+        (2, Terminated, (130, 0)),
+    ],
+)
+def test_ctrl_c_keeps_the_servers_that_are_done(
+    bench, make, script, monkeypatch, tmp_path, runs, error, expected
+):
+    """The table is of those; SIGTERM leaves none."""
+    left = iter([None, None] * (runs - 1))  # a warm-up and a run of each
+
+    async def interrupted(url, requests, clients, quiet=False):
+        if next(left, error) is error:
+            raise error
+        return [Reply("", 1.0, 1.0, "stop", 1) for _ in requests], 1.0
+
+    (tmp_path / "prompts.txt").write_text("the cat\n")
+    monkeypatch.setattr(benchmark, "load", interrupted)
+    monkeypatch.setattr(benchmark, "SERVE", script("TEXTS = {}\n" + FAKE)[1])
+    status, out, err = bench(
+        *("--model", make()[2], "--draft-model", "none", "--limit", 2),
+        *("--prompts", tmp_path / "prompts.txt", "--serve", "1,2,4"),
+    )
+    assert (status, len(out.splitlines()[1:])) == expected
+    assert ("nothing is known of serve.py, max-batch 2" in err) == (status == 0)
 
 
 def test_what_serving_does_not_go_with(bench, tmp_path):
