@@ -4,6 +4,7 @@
         [--num-draft 0..8,auto] [--delta 0,0.5] [--temperature 0,1] [--baseline NAME]
     python benchmark.py --batch-size 1,8,32 --num-draft 0,2,auto
     python benchmark.py --calibrate [--batch-size 1,8]
+    python benchmark.py --serve 1,8,32 [--clients 64] [--baseline transformers]
     python benchmark.py --simulate-alpha 0.75 --target-config t5-base
         --draft-config t5-small
 
@@ -19,6 +20,10 @@ is a column of sacreBLEU: a prompt's lines together are its references.
 
 With --calibrate it is the rounds that are measured, see :mod:`measuring.calibration`,
 and what they cost is kept for --num-draft auto, here and in main.py.
+
+With --serve it is serve.py that is measured, one started for each batch limit, by
+clients that each send a request, read its answer to the end and send the next one. All
+servers are asked the same, and the texts are compared with plain decoding's.
 """
 
 if __name__ == "__main__":
@@ -26,11 +31,13 @@ if __name__ == "__main__":
 
 import system.fast_blas  # noqa: F401  (before mlx: see there)
 
+import asyncio
+import gc
 import json
 import os
 import sys
 from argparse import ArgumentTypeError, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
@@ -38,14 +45,28 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
 from console.choosing import NO_DRAFT, choose_pair
 from measuring import baselines, batches
 from measuring.batches import BatchRow, measure_batches
 from measuring.calibration import calibrate
 from measuring.figures import FEWEST, Row, rows_of, sacrebleu
+from measuring.load import (
+    LEAST,
+    WARM,
+    Asked,
+    LoadRow,
+    draw,
+    http,
+    load,
+    plain_texts,
+    row_of,
+)
 from measuring.machine import header
 from measuring.plot import plot, plot_costs, require_matplotlib
 from measuring.prompts import read_prompts
+from measuring.servers import Models, Terminated, models_of, running
 from measuring.simulation import SimulatedPair
 from measuring.table import (
     BATCH_COLUMNS,
@@ -54,6 +75,8 @@ from measuring.table import (
     COST_COLUMNS,
     COST_LEGEND,
     LEGEND,
+    LOAD_COLUMNS,
+    LOAD_LEGEND,
     table,
 )
 from measuring.timing import measure
@@ -63,8 +86,11 @@ from speculation.sampling import COUPLINGS
 from system import remembering
 from system.errors import InputError, Parser, run, say
 
-PROMPTS = Path(__file__).resolve().parent / "demo" / "test.tsv"
+HERE = Path(__file__).resolve().parent
+PROMPTS = HERE / "demo" / "test.tsv"
+SERVE = HERE / "serve.py"
 MLX_LM = "mlx-lm"  # of the baselines the one that drafts and samples as well
+SERVED = "transformers"  # the one that there is a server of
 MOST_DRAFT = 10_000
 NUM_DRAFT = f"1..8,{AUTO}"
 #: Flags that say which variants there are, and how often they are timed.
@@ -79,6 +105,25 @@ SWEPT = (
 )
 SIMULATED_PROMPTS, SIMULATED_TOKENS = FEWEST, 64
 TARGET_CONFIG, DRAFT_CONFIG = "t5-11b", "t5-small"
+#: What --serve does not go with: it decodes greedily, with as many draft tokens as pay.
+NOT_SERVED = (
+    "num_draft",
+    "delta",
+    "temperature",
+    "coupling",
+    "baseline_batch_size",
+    "repeats",
+    "batch_size",
+    "calibrate",
+    "simulate_alpha",
+    "target_config",
+    "draft_config",
+    "unverified",
+    "plot",
+)
+CLIENTS, REQUESTS = 64, 1000
+#: Requests that wait at a server: more than there can be clients.
+QUEUE = 4096
 
 
 def sweep(text: str, *, auto: bool = False) -> list[Any]:
@@ -159,7 +204,13 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
         help="a prompt a line, maybe with a tab and a reference, or JSON lines with "
         "'prompt' and 'reference' (default: short English sentences to translate)",
     )
-    add("--limit", type=positive, metavar="N", help="only the first N prompts")
+    add(
+        "--limit",
+        type=positive,
+        metavar="N",
+        help="only the first N prompts; with --serve as many requests, from the first "
+        f"prompt again after the last (default: {REQUESTS})",
+    )
     add(
         "--num-draft",
         type=partial(sweep, auto=True),
@@ -174,7 +225,8 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
         type=positive,
         metavar="N",
         help=f"tokens per answer (default: {MAX_TOKENS}; simulated: "
-        f"{SIMULATED_TOKENS}, and every answer has so many)",
+        f"{SIMULATED_TOKENS}, and every answer has so many); with --serve the most "
+        f"that is drawn for a request, from {LEAST} on",
     )
     add(
         "--batch-size",
@@ -195,7 +247,8 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
         default=[],
         choices=[*baselines.MAKE, MLX_LM],
         help="also time this on the same weights, greedily, but mlx-lm in every cell; "
-        "may be repeated",
+        f"may be repeated; with --serve {SERVED} alone, in a server of the usual kind, "
+        "one request at a time",
     )
     add(
         "--calibrate",
@@ -203,6 +256,19 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
         help="measure instead what rounds with 0, 1, 2, ... draft tokens cost here, "
         "for each --batch-size (default: 1), and keep it for --num-draft auto: a "
         "minute for each, more where the models are large",
+    )
+    add(
+        "--serve",
+        type=sweep,
+        metavar="1,8,32",
+        help="measure serve.py instead, with so many texts at once at most: each in "
+        "turn is started, sent requests by many clients, and ended",
+    )
+    add(
+        "--clients",
+        type=positive,
+        metavar="N",
+        help=f"with --serve: how many at once, at most {QUEUE} (default: {CLIENTS})",
     )
     add("--json", type=writable, metavar="FILE", help="write the figures there as well")
     add("--plot", type=writable, metavar="FILE", help="draw them there (.png, .svg)")
@@ -217,6 +283,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
     add("--target-config", metavar="NAME", help=shape % TARGET_CONFIG)
     add("--draft-config", metavar="NAME", help=shape % DRAFT_CONFIG)
     args = parser.parse_args(arguments)
+    _check_serving(args)
     named = args.model or args.draft_model or args.unverified or args.prompts != PROMPTS
     named = named or args.lookup
     sizes = [*(args.batch_size or ()), *(args.baseline_batch_size or ())]
@@ -253,6 +320,35 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
     return args
 
 
+def _check_serving(args: Namespace) -> None:
+    """What goes with --serve, and only with it.
+
+    Raises:
+        InputError: something that does not.
+    """
+    if args.serve is None:
+        if args.clients:
+            raise InputError("--clients are those of a server: give --serve as well")
+        return
+    for name in NOT_SERVED:
+        value = getattr(args, name)
+        if value is not None and value is not False:
+            raise InputError(
+                "--serve measures servers, which decode greedily and draft as much as "
+                f"pays: it does not go with --{name.replace('_', '-')}"
+            )
+    for name in args.baseline:
+        if name != SERVED:
+            raise InputError(
+                f"there is no server of {name}: --serve goes with --baseline {SERVED}"
+            )
+    if min(args.serve) < 1:
+        raise InputError("--serve is at least 1: texts that are decoded at once")
+    args.clients = args.clients or CLIENTS
+    if args.clients > QUEUE:
+        raise InputError(f"--clients is at most {QUEUE}, as so many wait at a server")
+
+
 def cells(args: Namespace) -> list[Cell]:
     """The cells to measure, each temperature's plain one before those that draft."""
     for value in args.delta:
@@ -283,15 +379,21 @@ def main() -> None:
     if args.calibrate:
         _calibrate(args, about)
         return
-    if args.batch_size:
+    columns, legend = COLUMNS, LEGEND
+    rows: list[Any]
+    if args.serve:
+        rows = _served(args, about)
+        columns, legend = LOAD_COLUMNS, LOAD_LEGEND
+    elif args.batch_size:
         rows = _batched(args, swept, about)
+        columns, legend = BATCH_COLUMNS, BATCH_LEGEND
     elif args.simulate_alpha is None:
         rows = _measured(args, swept, about)
     else:
         rows = _simulated(args, swept, about)
-    for line in table(rows, BATCH_COLUMNS if args.batch_size else COLUMNS):
+    for line in table(rows, columns):
         print(line)
-    say(BATCH_LEGEND if args.batch_size else LEGEND)
+    say(legend)
     _write(args.json, about, rows)
     if args.plot:
         plot(rows, args.plot, about.get("simulation", about["device"]))
@@ -393,6 +495,68 @@ def _batched(
     about |= {"prompts": len(prompts), "max_tokens": max_tokens}
     _say_all(about)
     return measure_batches(variants, prompts, list(references.values()), args.repeats)
+
+
+def _served(args: Namespace, about: dict[str, Any]) -> list[LoadRow]:
+    """The table of servers under load: ours with each batch limit, then the usual one.
+
+    Raises:
+        InputError: the models or the prompts are odd, or a server does not come up.
+    """
+    http()  # if it is missing, say so now
+    del about["repeats"]
+    max_tokens = args.max_tokens or MAX_TOKENS
+    count = args.limit or REQUESTS
+    requests = draw(list(read_prompts(args.prompts, None)), count, max_tokens)
+    about |= {"requests": count, "clients": args.clients, "max_tokens": max_tokens}
+    _say_all(about)
+    models, expected = _plain(args, requests)
+    # Servers have the machine to themselves: nothing of a pair stays here.
+    gc.collect()
+    mx.clear_cache()
+    rows: list[LoadRow] = []
+    for name, size, command in _servers(args, models, max_tokens):
+        try:
+            with running(name, command) as server:
+                asyncio.run(load(server.url, requests[:WARM], args.clients, quiet=True))
+                replies, seconds = asyncio.run(load(server.url, requests, args.clients))
+        except KeyboardInterrupt as error:
+            if not rows or isinstance(error, Terminated):
+                raise
+            say(f"interrupted: nothing is known of {name}")
+            break
+        row = row_of(name, size, requests, replies, seconds, expected)
+        rows.append(row)
+        if row.lost:
+            say(f"{name}: {row.lost} requests are lost, the first: {row.why}")
+            say(f"its last line: {server.last or 'none'}")
+    return rows
+
+
+def _plain(args: Namespace, requests: list[Asked]) -> tuple[Models, dict[Asked, str]]:
+    """The models to serve, by the flags that name them, and the target's own texts.
+
+    Raises:
+        InputError: the models cannot be loaded, or not answer, or not be served.
+    """
+    pair = _pair(args, drafts=False)
+    if args.baseline and not pair.target.has_encoder:
+        raise InputError(f"--baseline {SERVED} is for T5, with --serve as without")
+    return models_of(pair), plain_texts(pair, requests)
+
+
+def _servers(
+    args: Namespace, models: Models, max_tokens: int
+) -> Iterator[tuple[str, int | None, list[str]]]:
+    """The servers to measure: a name, the batch limit, and what starts it."""
+    for size in dict.fromkeys(args.serve):
+        limits = {"max-batch": size, "max-queue": QUEUE, "max-tokens": max_tokens}
+        flags = [flag for name, n in limits.items() for flag in (f"--{name}", str(n))]
+        command = [sys.executable, str(SERVE), "--port", "0", *flags]
+        yield f"serve.py, max-batch {size}", size, [*command, *models.all]
+    if args.baseline:
+        command = [sys.executable, "-m", "measuring.their_server", *models.target]
+        yield "transformers, one at a time", None, command
 
 
 def _room_for(swept: list[Cell], max_tokens: int) -> int:

@@ -93,7 +93,15 @@ def to_transformers(model: T5, folder: Path) -> Any:
     return reference.eval()
 
 
-def _transformers(pair: Pair, max_tokens: int, assisted: bool) -> Baseline:
+def greedy_transformers(pair: Pair) -> tuple[Any, dict[str, Any]]:
+    """The target as transformers' T5, in float32, and what its ``generate`` has to be
+    told besides ``max_new_tokens`` to write what the target writes greedily.
+
+    On a GPU where PyTorch knows the one that MLX uses.
+
+    Raises:
+        InputError: PyTorch is not installed, or it is no T5.
+    """
     try:
         import torch
         from transformers.utils import logging
@@ -103,7 +111,7 @@ def _transformers(pair: Pair, max_tokens: int, assisted: bool) -> Baseline:
         ) from None
     logging.set_verbosity_error()
 
-    target, draft = _t5(pair), _draft(pair) if assisted else None
+    target = _t5(pair)
     device = torch.device("cpu")
     if on_gpu():
         if torch.cuda.is_available():
@@ -115,20 +123,29 @@ def _transformers(pair: Pair, max_tokens: int, assisted: bool) -> Baseline:
     size = pair.target.vocabulary
     banned = [*pair.tokenizer.gaps(size), *range(size, reference.config.vocab_size)]
     options = {
-        "max_new_tokens": max_tokens,
         "do_sample": False,
         "num_beams": 1,
         "suppress_tokens": banned or None,
         "eos_token_id": sorted(target.config.eos_tokens),
         "decoder_start_token_id": target.config.start_token,
     }
+    return reference, options
+
+
+def _transformers(pair: Pair, max_tokens: int, assisted: bool) -> Baseline:
+    draft = _draft(pair) if assisted else None
+    reference, options = greedy_transformers(pair)
+    import torch
+
+    device = reference.device
+    options["max_new_tokens"] = max_tokens
     name = f"transformers, {device.type}"
     if assisted:
         assistant = _generating(draft, pair.draft_folder).to(device)
         options["assistant_model"] = assistant
         name = f"transformers assisted, {device.type}"
 
-    ends, padding = target.config.eos_tokens, reference.config.pad_token_id or 0
+    ends, padding = pair.eos_tokens, reference.config.pad_token_id or 0
 
     def generate_batch(prompts: list[list[int]]) -> list[list[int]]:
         longest = max(map(len, prompts))

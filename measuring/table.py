@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 from measuring.batches import BatchRow
 from measuring.calibration import CostRow
 from measuring.figures import Row
+from measuring.load import LoadRow
 
 
 def _shown(value: float | None, form: str) -> str:
@@ -97,8 +98,29 @@ BATCH_LEGEND = (
 )
 
 
+LOAD_COLUMNS: Columns = (
+    ("requests/s", 10, lambda r: f"{r.requests_per_second:.2f}"),
+    ("tokens/s", 8, lambda r: _shown(r.tokens_per_second, ".0f")),
+    ("first p50", 9, lambda r: _shown(r.first_p50, ".3f")),
+    ("p99", 7, lambda r: _shown(r.first_p99, ".3f")),
+    ("end p50", 7, lambda r: _shown(r.end_p50, ".3f")),
+    ("p99", 7, lambda r: _shown(r.end_p99, ".3f")),
+    ("lost", 5, lambda r: f"{r.lost}"),
+    ("other text", 10, lambda r: f"{r.different}"),
+    ("per pass", 8, lambda r: _shown(r.tokens_per_pass, ".2f")),
+)
+
+LOAD_LEGEND = (
+    "first, end: seconds from asking to the first text, and to the last, of half of "
+    "the requests and of 99 % of them; lost: requests without a whole answer, which "
+    "count in nothing else; other text: answers that are not plain decoding's; per "
+    "pass: a text's tokens per pass of the target"
+)
+
+
 def table(
-    rows: list[Row] | list[BatchRow] | list[CostRow], columns: Columns = COLUMNS
+    rows: list[Row] | list[BatchRow] | list[CostRow] | list[LoadRow],
+    columns: Columns = COLUMNS,
 ) -> Iterator[str]:
     """The lines of the table, for a person, without columns that are empty."""
     names = max(len(row.name) for row in rows)
