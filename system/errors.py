@@ -67,7 +67,8 @@ class _Done(SystemExit):
 def say(line: str) -> None:
     """A line for the person, not for the pipe; lost where stderr takes none."""
     with suppress(OSError):
-        print(line, file=sys.stderr)
+        # In one piece: a thread may say something meanwhile.
+        sys.stderr.write(f"{line}\n")
 
 
 @contextmanager

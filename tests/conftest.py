@@ -28,6 +28,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from running import Running
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     MT5Config,
@@ -233,6 +234,15 @@ def tiny(make):
     """The default tiny model, loaded: (the oracle, the MLX model)."""
     oracle, _, folder = make()
     return oracle, t5.load(folder)
+
+
+@pytest.fixture(scope="session")
+def server():
+    """A running server with the bundled pair."""
+    running = Running("--max-batch", "8", "--max-queue", "64")
+    yield running
+    assert running.end() == (0, "")
+    assert not any("Traceback" in line for line in running.said), running.said
 
 
 def relative_error(ours, theirs: torch.Tensor) -> float:

@@ -2,6 +2,7 @@
 lookup goes before it, and a policy changes its mind from round to round."""
 
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -344,3 +345,36 @@ def test_what_a_draft_lacked_is_no_part_of_a_round(families, monkeypatch):
     assert min(policy.seconds) > 0 and max(policy.seconds) < 100
     assert drafter.followed > 0
     assert sum(policy.entering) // 1000 == 1 + drafter.followed
+
+
+@settings(max_examples=15)
+@given(data=st.data())
+def test_texts_with_a_number_of_their_own(families, data):
+    """Each text is what it is alone, and has no more draft tokens than it asks for,
+    whoever else is in the batch; alone it drafts as if all did."""
+    family = families[data.draw(st.sampled_from(["t5", "gpt2"]))]
+    numbers = data.draw(
+        st.lists(st.sampled_from([None, 0, 1, 3, 8]), min_size=4, max_size=4)
+    )
+    requests = [
+        Request(prompt, frozenset({1}), 20, num_draft=number)
+        for prompt, number in zip(PROMPTS, numbers, strict=False)
+    ]
+    drafter = family.drafters[data.draw(st.sampled_from(["good", "now and then"]))]
+    policy = data.draw(st.sampled_from([Auto(8), Whims(3), Fixed(2)]))
+    rows = data.draw(st.sampled_from([1, 4]))
+    engine = Engine(family.target, drafter, num_draft=policy, rows=rows)
+    tokens, last = run(engine, requests)
+    for place, request in enumerate(requests):
+        plain = Engine(family.target, None)
+        assert tokens[place] == run(plain, [replace(request, num_draft=None)])[0][0]
+        its = last[place].stats
+        if request.num_draft is not None:
+            assert all(size <= request.num_draft for size, _ in its.sizes)
+        if request.num_draft == 0:
+            assert its.drafted == 0
+        if rows == 1 and request.num_draft and policy.most >= request.num_draft:
+            alone = Engine(family.target, drafter, num_draft=request.num_draft)
+            asked = replace(request, num_draft=None)
+            if not isinstance(policy, Whims):
+                assert run(alone, [asked])[1][0].stats.sizes == its.sizes

@@ -290,7 +290,7 @@ def test_bodies_that_take_too_long(monkeypatch):
 
         scope = {
             "type": "http", "method": "POST", "path": "/v1/completions",
-            "headers": [(b"host", b"::1"), (b"content-type", b"application/json")],
+            "headers": [(b"host", b"[::1]"), (b"content-type", b"application/json")],
             "query_string": b"", "http_version": "1.1", "scheme": "http",
         }  # fmt: skip
         it = Harness()
