@@ -4,6 +4,6 @@ Nothing here decodes: what decides about tokens is further down. In reading orde
 ``arguments`` (flags), ``bodies`` (what a request may say, and what is refused),
 ``stops`` (where a text is cut), ``worker`` (the thread that has the models),
 ``replies`` (what is sent, at once or bit by bit), ``app`` (addresses, keys, limits),
-``metrics``, and ``program``, which puts them together. ``page.html`` is what a browser
-gets.
+``connection`` (limits for who asks for nothing), ``metrics``, and ``program``, which
+puts them together. ``page.html`` is what a browser gets.
 """

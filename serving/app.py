@@ -166,7 +166,8 @@ class _Door:
     def _let_in(self, scope: Scope) -> ASGIApp:
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         if self._names is not None:
-            name = _host_of(headers.get(b"host", ""))
+            # Without one, as in HTTP/1.0, it is no browser.
+            name = _host_of(headers.get(b"host", "localhost"))
             if name not in self._names and not is_loopback(name):
                 return error_response(
                     RefusedError(421, "this server is for this machine alone")
@@ -191,7 +192,7 @@ def _host_of(value: str) -> str:
     """The name in a Host header, which may have a port."""
     if value.startswith("["):
         return value[1:].partition("]")[0]
-    return value.partition(":")[0]
+    return value.partition(":")[0].removesuffix(".")
 
 
 async def _read_body(request: Request) -> bytes:

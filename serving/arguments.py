@@ -17,6 +17,8 @@ KEY = "SERVE_API_KEY"
 _WAITING = 256
 _MOST_TOKENS, _MOST_PROMPT = 2048, 4096
 _GRACE = 30.0
+#: No number has to be larger.
+_MOST = 1_000_000
 
 
 def parse_arguments(arguments: list[str] | None = None) -> Namespace:
@@ -129,18 +131,20 @@ def _check(arguments: Namespace) -> None:
     least = {"port": 0, "max_queue": 0, "max_tokens": 1, "max_prompt": 1, "grace": 0}
     for name, number in least.items():
         value = getattr(arguments, name)
-        if not number <= value < float("inf"):  # NaN is neither
+        if not number <= value <= _MOST:  # NaN is neither
             raise InputError(
                 f"--{name.replace('_', '-')} is {value}: it has to be a number, at "
-                f"least {number}"
+                f"least {number} and at most {_MOST:,}"
             )
     if arguments.port > 65535:
         raise InputError(f"--port is {arguments.port}: the largest is 65535")
     if not arguments.host:
         raise InputError("--host is empty: name an address")
     key = arguments.api_key
-    if key is not None and not (key and key.isascii() and key.isprintable()):
+    if key is not None and not (key.isascii() and key.isprintable() and key.split()):
         raise InputError("the key has to be printable ASCII characters, at least one")
+    if key and key != key.strip():
+        raise InputError("the key begins or ends with a space")
     if key and arguments.no_api_key:
         raise InputError("--api-key does not go with --no-api-key")
     if arguments.lookup and arguments.draft_model == NO_DRAFT:

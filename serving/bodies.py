@@ -24,6 +24,7 @@ _LARGEST = 2**31 - 1
 _Count = Annotated[int, Meta(ge=0, le=_LARGEST)]
 _Number = float | None
 _Stop = Annotated[str, Meta(min_length=1, max_length=_LONGEST_STOP)]
+_Word = Annotated[str, Meta(max_length=256)]
 _Stops = Annotated[list[_Stop], Meta(max_length=_MOST_STOPS)]
 
 #: What may be said, and is not acted on: it does not touch the text.
@@ -125,7 +126,7 @@ class _Body(Struct, forbid_unknown_fields=True, kw_only=True):
     no_repeat_ngram_size: _Count | None = None
     encoder_no_repeat_ngram_size: _Count | None = None
     min_new_tokens: _Count | None = None
-    bad_words: Annotated[list[str], Meta(max_length=1000)] | None = None
+    bad_words: Annotated[list[_Word], Meta(max_length=256)] | None = None
     suppress_tokens: Annotated[list[_Count], Meta(max_length=10_000)] | None = None
     forced_bos_token_id: _Count | None = None
     task_defaults: bool | None = None
@@ -212,6 +213,8 @@ def blamed(error: InputError, chat: bool) -> RefusedError:
     """
     name = re.match(r"[\w-]+", str(error))
     name = name[0].replace("-", "_") if name else ""
+    if "bad word" in str(error):
+        name = "bad_words"
     known = name in (_Chat if chat else _Completion).__struct_fields__
     prompt = "messages" if chat else "prompt"
     param = prompt if isinstance(error, PromptError) else None
@@ -222,7 +225,8 @@ def _decode(raw: bytes) -> dict[str, Any]:
     try:
         value = msgspec.json.decode(raw)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise RefusedError(400, f"the body is no JSON: {error}") from None
+        half = " (half of a surrogate pair, as it seems)" if b"\\ud" in raw else ""
+        raise RefusedError(400, f"the body is no JSON{half}: {error}") from None
     if not isinstance(value, dict):
         raise RefusedError(400, "the body has to be a JSON object")
     return value
@@ -272,6 +276,8 @@ def _asked(body: "_Completion | _Chat", chat: bool) -> Asked:
         prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
         if body.best_of not in (None, body.n or 1):
             raise InputError("best_of is not supported here: it has to be n")
+    if given.get("temperature") == 0:  # of the most probable token they leave nothing
+        given = {k: v for k, v in given.items() if k not in ("top_k", "top_p", "min_p")}
     delta = DELTA if body.delta is None else body.delta
     check_options(given.get("max_tokens", 1), body.num_draft or 0, delta)
     options = {name: value for name, value in given.items() if name != "max_tokens"}

@@ -3,6 +3,7 @@
 import system.fast_blas  # noqa: F401  (before mlx: see there)
 
 import asyncio
+import errno
 import math
 import signal
 import socket
@@ -10,6 +11,8 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import uvicorn
 
@@ -17,6 +20,7 @@ from console.choosing import BUNDLED, choose_pair
 from pair import Pair
 from serving.app import make_app
 from serving.arguments import NAME, parse_arguments
+from serving.connection import BACKLOG, Connection
 from serving.metrics import Metrics
 from serving.worker import Worker
 from system import fast_blas
@@ -25,6 +29,8 @@ from system.errors import InputError, say
 #: Seconds that the round which is running may take to end, and that clients may take
 #: to read that there is no more.
 _LAST_ROUND, _LAST_WORDS = 30.0, 5.0
+#: Errors of a system that has no more of something.
+_USED_UP = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
 class _Server(uvicorn.Server):
@@ -35,6 +41,11 @@ class _Server(uvicorn.Server):
     """
 
     begun: Callable[[], None]
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal has come."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -73,6 +84,8 @@ def _serve(arguments: Namespace, listening: socket.socket) -> int:
     app = make_app(worker, metrics, host=arguments.host, key=arguments.api_key)
     config = uvicorn.Config(
         app,
+        http=Connection,
+        backlog=BACKLOG,
         lifespan="off",
         log_level="info" if arguments.verbose else "error",
         access_log=arguments.verbose,
@@ -99,6 +112,7 @@ async def _until_told(
     """Serve, until a signal comes or there is nobody to answer; then for ``grace``
     seconds more those who are being answered."""
     worker.start()
+    asyncio.get_running_loop().set_exception_handler(_once())
 
     async def watch() -> None:
         said = False
@@ -116,6 +130,22 @@ async def _until_told(
         await server.serve(sockets=[listening])
     finally:
         watching.cancel()
+
+
+def _once() -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None]:
+    """What is done about errors of no request: asyncio would tell of every connection
+    that cannot be taken, thousands of times a second."""
+    said = False
+
+    def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        nonlocal said
+        if getattr(context.get("exception"), "errno", None) not in _USED_UP:
+            loop.default_exception_handler(context)
+        elif not said:
+            said = True
+            say(f"{NAME}: too many connections: no more files can be opened for them")
+
+    return handle
 
 
 def _load(arguments: Namespace) -> tuple[Pair, str]:
@@ -140,12 +170,12 @@ def _listen(host: str, port: int) -> socket.socket:
         found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
         family, kind, protocol, _, address = found[0]
         listening = socket.socket(family, kind, protocol)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise InputError(f"--host {host} is no address here: {error}") from None
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
-        listening.listen(1024)
+        listening.listen(BACKLOG)
     except OSError as error:
         listening.close()
         raise InputError(

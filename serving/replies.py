@@ -159,8 +159,7 @@ class Reply(Response):
 
     def _role(self, choice: int) -> bytes:
         delta = {"role": "assistant", "content": ""}
-        its = {"index": choice, "delta": delta, "finish_reason": None}
-        return _event({**self._head(".chunk"), "choices": [its]})
+        return self._chunk_of({"index": choice, "delta": delta}, None)
 
     def _chunk(self, added: Added) -> bytes:
         """What a text got in a round; nothing where that is not known yet."""
@@ -172,9 +171,12 @@ class Reply(Response):
             choice["delta"] = {"content": text} if text else {}
         else:
             choice["text"] = text
-        choice |= {"logprobs": None, "finish_reason": added.finish_reason}
         if self._asked.show_drafted:
             choice["pieces"] = _merged(added.pieces)
+        return self._chunk_of(choice, added.finish_reason)
+
+    def _chunk_of(self, choice: dict[str, Any], reason: str | None) -> bytes:
+        choice |= {"logprobs": None, "finish_reason": reason}
         value = {**self._head(".chunk"), "choices": [choice]}
         if self._asked.usage:
             value["usage"] = None  # as of all chunks but the last
@@ -212,11 +214,12 @@ class Reply(Response):
         """What a client is told of why there is no answer."""
         if isinstance(error, FullError):
             if self._asked.texts > self._worker.most:
+                several = "messages" if self._asked.chat else "prompt"
                 return RefusedError(
                     400,
-                    f"n texts of all prompts are {self._asked.texts}: at most "
+                    f"{self._asked.texts} texts are asked for: at most "
                     f"{self._worker.most} are taken at once",
-                    param="n",
+                    param="n" if self._asked.count > 1 else several,
                 )
             return RefusedError(
                 429,

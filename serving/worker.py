@@ -7,6 +7,7 @@ given up; their texts share its batch, whatever rules each of them has.
 import secrets
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -22,11 +23,15 @@ from serving.metrics import Metrics
 from serving.stops import Cut
 from speculation.requests import Commit, Request, Stats
 from system.errors import InputError, TooLongError
-from text.messages import Messages
+from text.messages import Messages, last_text
 from text.tokenizer import TextStream
 
 #: Seconds between two times that what was measured is kept.
 _KEEPING = 60.0
+#: Seconds that others' rounds wait for those who come.
+_PAUSE = 0.02
+#: Characters of a prompt, for each token that it may have.
+_CHARACTERS = 32
 
 
 @dataclass(frozen=True)
@@ -69,13 +74,19 @@ class Job:
         asked: what it asks for.
         tell: takes an event, in the worker's thread.
         texts: that are neither finished nor given up.
+        unread: prompts that are not encoded yet, and their places.
+        requests: what the engine is still to be asked for.
+        numbers: the engine's, of what it was asked for.
     """
 
     def __init__(self, asked: Asked, tell: Callable[[Event], None]):
         self.asked = asked
         self.tell = tell
         self.texts = asked.texts
-        self.numbers: list[int] = []  # the engine's
+        self.unread = deque(enumerate(asked.prompts))
+        self.requests: deque[Request] = deque()
+        self.numbers: list[int] = []
+        self.prompt_tokens = 0
 
 
 class _Text:
@@ -145,6 +156,7 @@ class Worker:
         self._lock = Lock()
         self._count = 0  # texts that were taken and are not done with
         self._texts: dict[int, _Text] = {}
+        self._turns: deque[Job] = deque()  # jobs that have more to begin with
         self._said: set[str] = set()
         self._kept = time.monotonic()
         self._thread = Thread(target=self._run, name="models", daemon=True)
@@ -212,8 +224,8 @@ class Worker:
             self.most_drafted = pair.policy.most if pair.drafts else 0
             self._engine = pair.engine(self._rows)
             self.name = name
-            while self._take_orders():
-                self._step()
+            while self._go_on():
+                pass
             self._keep(0.0)
             mx.synchronize()
             self._end(InputError("the server is stopping"))
@@ -221,12 +233,23 @@ class Worker:
             self.failed = error
             self._end(error)
 
+    def _go_on(self) -> bool:
+        """Do what was ordered, then one round; whether there is to be another."""
+        try:
+            if not self._take_orders():
+                return False
+            self._begin_some()
+            self._step()
+        except Exception as error:
+            self._recover(error)
+        return True
+
     def _end(self, fault: BaseException) -> None:
         """Whoever waits gets no answer any more."""
         with self._lock:
             self.fault = fault
         told = fault if isinstance(fault, Exception) else RuntimeError("it was ended")
-        for job in {text.job for text in self._texts.values()}:
+        for job in self._jobs():
             job.tell(told)
         with suppress(Empty):
             while True:
@@ -237,7 +260,7 @@ class Worker:
     def _take_orders(self) -> bool:
         """Do what others have asked for; whether to go on."""
         while True:
-            idle = not self._engine.busy
+            idle = not (self._engine.busy or self._turns)
             self._metrics.waiting(max(0, self._count - self._rows))
             if idle:
                 self._metrics.idle()
@@ -249,27 +272,57 @@ class Worker:
             if order == "stop":
                 return False
             if order == "begin":
-                self._begin(job)
+                self._turns.append(job)
             else:
                 self._drop(job)
 
-    def _begin(self, job: Job) -> None:
+    def _begin_some(self) -> None:
+        """Read prompts and fill the engine's rows, job by job in turn: one with many
+        texts does not go before all of another's. Others' rounds wait meanwhile, so
+        not for long."""
+        began, idle = time.monotonic(), 0
+        while self._turns and idle < len(self._turns):
+            job = self._turns.popleft()
+            self._turns.append(job)
+            idle += 1
+            if job.unread:
+                self._read(job)
+                idle = 0
+            elif self._engine.wanted:
+                self._admit(job, job.requests.popleft())
+                if not job.requests:
+                    self._turns.remove(job)
+                idle = 0
+            if self._engine.busy and time.monotonic() - began > _PAUSE:
+                return
+
+    def _admit(self, job: Job, request: Request) -> None:
+        number = self._engine.admit(request)
+        choice = len(job.numbers)
+        job.numbers.append(number)
+        decode = self._pair.decoder(job.asked.keep_special)
+        self._texts[number] = _Text(job, choice, decode)
+
+    def _read(self, job: Job) -> None:
+        """Encode the next of its prompts; when all are, it has begun."""
+        place, prompt = job.unread.popleft()
         try:
-            requests = self._requests(job.asked)
+            requests = self._requests(job.asked, place, prompt)
         except Exception as error:
+            if not isinstance(error, InputError):
+                traceback.print_exception(error)
             self._fail(job, error)
             return
-        sizes = {id(request.prompt): len(request.prompt) for request in requests}
-        job.tell(Begun(sum(sizes.values())))
-        self._metrics.prompt(sum(sizes.values()))
-        decode = self._pair.decoder(job.asked.keep_special)
-        for choice, request in enumerate(requests):
-            number = self._engine.admit(request)
-            job.numbers.append(number)
-            self._texts[number] = _Text(job, choice, decode)
+        job.requests.extend(requests)
+        job.prompt_tokens += len(requests[0].prompt)
+        if not job.unread:
+            job.tell(Begun(job.prompt_tokens))
+            self._metrics.prompt(job.prompt_tokens)
 
-    def _requests(self, asked: Asked) -> list[Request]:
-        """What to ask the engine for: choice by choice.
+    def _requests(
+        self, asked: Asked, place: int, prompt: "str | Messages"
+    ) -> list[Request]:
+        """What to ask the engine for: each text of a prompt.
 
         Raises:
             InputError: it is odd.
@@ -278,6 +331,13 @@ class Worker:
             raise InputError(
                 f"num_draft is {asked.num_draft}: at most {self.most_drafted} are "
                 "drafted here"
+            )
+        question = self._question(prompt)
+        text = last_text(question)
+        if len(text) > _CHARACTERS * self._most_prompt:
+            raise TooLongError(
+                f"the prompt has {len(text)} characters: at most "
+                f"{_CHARACTERS * self._most_prompt} are read here"
             )
         rules = Rules(
             self._pair,
@@ -288,35 +348,30 @@ class Worker:
             delta=asked.delta,
             said=self._said,
         )
-        found = []
-        for place, prompt in enumerate(asked.prompts):
-            question = self._question(prompt)
-            sampling, most = rules.of(question)
-            if most > self._most_tokens:
-                raise InputError(
-                    f"max_tokens is {most}: at most {self._most_tokens} are written "
-                    "here"
-                )
-            # With a seed the text that main.py writes for it; else another each time.
-            stream = secrets.randbits(31) if sampling.seed is None else place
-            first = self._pair.request(
-                question,
-                max_tokens=most,
-                delta=asked.delta,
-                sampling=sampling,
-                stream=stream,
-                num_draft=asked.num_draft,
+        sampling, most = rules.of(question)
+        if most > self._most_tokens:
+            raise InputError(
+                f"max_tokens is {most}: at most {self._most_tokens} are written here"
             )
-            size = len(first.prompt)
-            if size > self._most_prompt:
-                raise TooLongError(
-                    f"the prompt has {size} tokens: at most {self._most_prompt} are "
-                    "read here"
-                )
-            found += [
-                replace(first, stream=(stream, sample)) for sample in range(asked.count)
-            ]
-        return found
+        # With a seed the text that main.py writes for it; else another each time.
+        stream = secrets.randbits(31) if sampling.seed is None else place
+        first = self._pair.request(
+            question,
+            max_tokens=most,
+            delta=asked.delta,
+            sampling=sampling,
+            stream=stream,
+            num_draft=asked.num_draft,
+        )
+        size = len(first.prompt)
+        if size > self._most_prompt:
+            raise TooLongError(
+                f"the prompt has {size} tokens: at most {self._most_prompt} are read "
+                "here"
+            )
+        return [
+            replace(first, stream=(stream, sample)) for sample in range(asked.count)
+        ]
 
     def _question(self, prompt: "str | Messages") -> "str | Messages":
         """What is encoded: T5 knows no conversations, and is asked what the user said
@@ -330,45 +385,56 @@ class Worker:
 
     def _step(self) -> None:
         """One round, and what came of it."""
-        try:
-            commits = self._engine.step()
-        except Exception as error:
-            # Whose fault it was is not known, and the engine is of no more use.
-            traceback.print_exception(error)
-            self._pair.forget()
-            self._engine = self._pair.engine(self._rows)
-            for job in {text.job for text in self._texts.values()}:
-                self._fail(job, error)
-            return
+        commits = self._engine.step()
         self._metrics.round(commits)
         for commit in commits:
             text = self._texts.get(commit.id)
             if text is None:
-                continue  # its neighbour's stop string was the last of the job
+                continue  # another text of its job has failed
             if commit.error:
                 self._fail(text.job, commit.error)
                 continue
-            added = text.take(commit)
+            try:
+                added = text.take(commit)
+            except Exception as error:  # a tokenizer's process may die
+                traceback.print_exception(error)
+                self._fail(text.job, error)
+                continue
             if added.finish_reason:
                 stats = added.stats
                 self._metrics.finished(stats.accepted, stats.tested - stats.accepted)
                 self._finish(commit.id, text)
             text.job.tell(added)
 
+    def _recover(self, error: Exception) -> None:
+        """Go on without those who were in the engine: whose fault it was is not known,
+        and it is of no more use."""
+        traceback.print_exception(error)
+        self._pair.forget()
+        self._engine = self._pair.engine(self._rows)
+        for job in self._jobs():
+            self._fail(job, error)
+
+    def _jobs(self) -> "set[Job]":
+        """Those that are not done with."""
+        return {*self._turns, *(text.job for text in self._texts.values())}
+
     def _finish(self, number: int, text: _Text) -> None:
         """A text is finished, if only because a stop string occurred."""
-        self._engine.cancel(number)
         del self._texts[number]
         text.job.texts -= 1
         self._release(1)
+        self._engine.cancel(number)
 
     def _drop(self, job: Job) -> None:
         """Do no more for a job."""
-        for number in job.numbers:
-            if self._texts.pop(number, None):
-                self._engine.cancel(number)
+        with suppress(ValueError):
+            self._turns.remove(job)
+        left = [number for number in job.numbers if self._texts.pop(number, None)]
         self._release(job.texts)
         job.texts = 0
+        for number in left:
+            self._engine.cancel(number)
 
     def _fail(self, job: Job, error: Exception) -> None:
         if job.texts:

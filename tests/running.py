@@ -20,9 +20,9 @@ class Running:
         said: its lines on stderr so far.
     """
 
-    def __init__(self, *flags, wait=True, env=None):
+    def __init__(self, *flags, wait=True, env=None, command=None):
         self.process = subprocess.Popen(
-            [sys.executable, "serve.py", "--port", "0", *flags],
+            [*(command or [sys.executable, "serve.py"]), "--port", "0", *flags],
             cwd=PROJECT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -74,6 +74,13 @@ def test_openais_other_names():
     assert it.prompts == [[{"role": "user", "content": "ab"}]]
 
 
+def test_filters_at_temperature_0_leave_the_best():
+    """As many programs send them; where no temperature is named they are refused."""
+    options = {"top_p": 0.9, "top_k": 5, "min_p": 0.1}
+    assert asked(temperature=0, **options).given == {"temperature": 0.0}
+    assert refused(**options)[0] in options
+
+
 @pytest.mark.parametrize("name", sorted(bodies._IDLE))
 def test_what_has_no_bearing_is_passed_over(name):
     assert asked(**{name: {"a": 1}}) == asked()

@@ -6,8 +6,10 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import pytest
@@ -48,6 +50,9 @@ def start(*flags, **more):
         (["--api-key", ""], "at least one"),
         (["--api-key", "ü"], "ASCII"),
         (["--api-key", "k", "--no-api-key"], "does not go with"),
+        (["--api-key", " k "], "space"),
+        (["--api-key", "  "], "at least one"),
+        (["--grace", "1e300"], "at most 1,000,000"),
         (["--lookup", "--draft-model", "none"], "target alone"),
         (["--unheard-of"], "--help"),
     ],
@@ -87,6 +92,7 @@ def test_one_line_and_status_2(tmp_path):
         for flags, words in (
             (["--port", port], "--port"),
             (["--host", "256.1.1.1", "--no-api-key"], "256.1.1.1"),
+            (["--host", "a..b", "--no-api-key"], "a..b"),
             (["--port", "0", "--model", str(tmp_path / "none")], "none"),
         ):
             status, out, said = start(*flags)
@@ -156,6 +162,63 @@ def test_but_not_for_ever():
         assert running.process.wait(timeout=60) == 0
     assert running.end() == (0, "")
     assert not any("Traceback" in line for line in running.said), running.said
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_it_at_once(number):
+    running = Running("--grace", "500", "--max-batch", "1")
+    with closing(open_stream(running, **ENDLESS)):
+        for _ in range(2):
+            running.process.send_signal(number)
+            time.sleep(0.3)
+        assert running.process.wait(timeout=60) == 0
+    assert running.end() == (0, "")
+    assert not any("Traceback" in line for line in running.said), running.said
+
+
+def test_who_still_waits_is_told():
+    """After --grace: in mid-stream by an event, before that by a status."""
+    running = Running("--grace", "1", "--max-batch", "1")
+    body = {"prompt": "x", "max_tokens": 2000, **ENDLESS}
+    with ThreadPoolExecutor(1) as pool, closing(open_stream(running, **ENDLESS)) as s:
+        waiting = pool.submit(raw, running, body)
+        while running.metric("t5_texts_waiting") == 0:
+            pass
+        running.process.send_signal(signal.SIGTERM)
+        text = b""
+        while more := s.recv(65536):
+            text += more
+        status, _, value = waiting.result()
+    assert (status, value["error"]["code"]) == (503, "stopping")
+    assert b'"code":"stopping"' in text and b"[DONE]" not in text
+    assert running.end() == (0, "")
+
+
+def test_connections_that_ask_for_nothing():
+    """More of them than there may be open files: that is not said a thousand times,
+    and when they are gone others are answered."""
+    limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (96, 96))"
+    start_it = f"{limit}; sys.argv[0] = 'serve.py'; import runpy; "
+    start_it += "runpy.run_path('serve.py', run_name='__main__')"
+    running = Running(command=[sys.executable, "-c", start_it])
+    host = running.url.rpartition("/")[2].split(":")
+    held = []
+    try:
+        for _ in range(150):
+            held.append(socket.create_connection(host))
+    finally:
+        for s in held:
+            s.close()
+    for _ in range(100):
+        try:
+            assert json.loads(running.get("/health"))["status"] == "ok"
+            break
+        except OSError:  # their turn to be closed comes before
+            time.sleep(0.1)
+    else:
+        raise AssertionError(running.said[:10])
+    assert running.end() == (0, "")
+    assert len(running.said) < 10, running.said[:10]
 
 
 def test_while_it_loads():

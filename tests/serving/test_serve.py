@@ -64,6 +64,10 @@ def raw(server, body, path="/v1/completions", method="POST", **headers):
         return answer.status, answer.headers, value
 
 
+def address(server):
+    return server.url.rpartition("/")[2].split(":")
+
+
 def until_idle(server):
     """The engine has nothing left to do, and no row is anybody's."""
     for _ in range(600):
@@ -301,9 +305,10 @@ def test_errors_as_the_client_knows_them(client):
         ({"prompt": "a\0b"}, "prompt"),
         ({"extra_body": {"num_draft": 17}}, "num_draft"),
         ({"extra_body": {"suppress_tokens": [10**6]}}, None),
-        ({"extra_body": {"bad_words": [" "]}}, None),
+        ({"extra_body": {"bad_words": [" "]}}, "bad_words"),
         ({"prompt": "x " * 9000}, "prompt"),
-        ({"prompt": ["x"] * 100}, "n"),  # more than may wait
+        ({"prompt": ["x"] * 100}, "prompt"),  # more than may wait
+        ({"n": 100, "temperature": 1}, "n"),
     ):
         for stream in (False, True):
             with pytest.raises(openai.BadRequestError) as caught:
@@ -331,12 +336,33 @@ def test_what_a_browser_may_send_from_elsewhere(server):
     assert raw(server, None, "/", "OPTIONS", Origin="http://x.example")[0] == 405
 
 
+def test_what_is_no_http(server):
+    """An error object, and the end."""
+    for what in (
+        b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+        b"\x00\xff\r\n\r\n",
+    ):
+        with closing(socket.create_connection(address(server))) as s:
+            s.sendall(what)
+            text = b""
+            while more := s.recv(4096):
+                text += more
+        head, _, body = text.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 400")
+        assert json.loads(body)["error"]["type"] == "invalid_request_error"
+
+
+def test_old_http(server):
+    """A load balancer's question, without a Host."""
+    with closing(socket.create_connection(address(server))) as s:
+        s.sendall(b"GET /health HTTP/1.0\r\n\r\n")
+        assert s.recv(4096).startswith(b"HTTP/1.1 200")
+
+
 def test_large_bodies(server):
     status, _, value = raw(server, {"prompt": "x" * (1 << 20)})
     assert status == 413 and "1,048,576 bytes" in value["error"]["message"]
-    with closing(
-        socket.create_connection(server.url.rpartition("/")[2].split(":"))
-    ) as s:
+    with closing(socket.create_connection(address(server))) as s:
         s.sendall(
             b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
             b"Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -348,7 +374,7 @@ def test_large_bodies(server):
 
 
 def test_bodies_that_are_cut_off(server):
-    host = server.url.rpartition("/")[2].split(":")
+    host = address(server)
     for part in (b"", b'{"prompt":', b'{"prompt": "x"}'):
         with closing(socket.create_connection(host)) as s:
             s.sendall(
@@ -364,7 +390,7 @@ def test_bodies_that_are_cut_off(server):
 
 def open_stream(server, **options):
     """A socket that has got the beginning of a stream."""
-    s = socket.create_connection(server.url.rpartition("/")[2].split(":"))
+    s = socket.create_connection(address(server))
     body = {"prompt": PROMPT, "stream": True, "max_tokens": 2000, **options}
     body = json.dumps(body).encode()
     s.sendall(

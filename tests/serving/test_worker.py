@@ -158,6 +158,73 @@ def test_a_round_that_fails(pair, monkeypatch, capfd):
     assert "the device is gone" in capfd.readouterr().err  # a defect is not hidden
 
 
+@pytest.mark.parametrize("what", ["decode", "admit", "cancel", "encode"])
+def test_one_text_that_fails(pair, monkeypatch, capfd, what):
+    """Nobody else does, or those who come after are answered."""
+    with Harness(rows=2) as it:
+
+        def fails(*_):
+            raise ValueError("it broke")
+
+        engine, tokenizer = it.worker._engine, it.worker._pair.tokenizer
+        with monkeypatch.context() as patch:
+            if what == "decode":
+                _, others = it.submit(PROMPTS[1])
+                patch.setattr(it.worker._pair, "_decode_with_special", fails)
+                job, events = it.submit(keep_special=True)
+            elif what == "encode":
+                patch.setattr(tokenizer, "encode", fails)
+                job, events = it.submit()
+            else:
+                job, events = it.submit(**({} if what == "admit" else LONG))
+                while what == "cancel" and not isinstance(
+                    events.get(timeout=60), Added
+                ):
+                    pass
+                patch.setattr(engine, what, fails)
+                it.worker.give_up(job) if what == "cancel" else None
+                if what == "admit":
+                    _, events = it.submit(PROMPTS[2])
+            if what in ("decode", "encode", "admit"):
+                with pytest.raises(ValueError, match="it broke"):
+                    while True:
+                        text_of(events)
+            if what == "decode":
+                assert text_of(others) == pair.generate(PROMPTS[1]).finish().text
+            for _ in range(500):
+                if it.worker.count == 0:
+                    break
+                time.sleep(0.01)
+        _, events = it.submit(PROMPTS[1])
+        assert text_of(events) == pair.generate(PROMPTS[1]).finish().text
+        it.idle()
+    assert "it broke" in capfd.readouterr().err
+
+
+def test_jobs_take_turns(pair):
+    """One with many texts does not go before all of another's."""
+    with Harness(rows=2, waiting=200) as it:
+        events = SimpleQueue()
+        first = Job(Asked(False, None, PROMPTS * 15), events.put)
+        it.worker.submit(first)
+        while not isinstance(events.get(timeout=60), Added):
+            pass
+        _, others = it.submit(PROMPTS[1])
+        assert text_of(others) == pair.generate(PROMPTS[1]).finish().text
+        assert first.texts > 45
+        finished = 60 - text_of_all(events, first.texts)
+        assert finished == 60
+        it.idle()
+
+
+def text_of_all(events, left):
+    """Wait for so many texts to be finished, others before them; how many are not."""
+    while left:
+        event = events.get(timeout=60)
+        left -= isinstance(event, Added) and event.finish_reason is not None
+    return left
+
+
 def test_one_that_cannot_be_begun_with(pair):
     with Harness() as it:
         for prompt, options in (
