@@ -125,6 +125,11 @@ class Costs:
         else:
             self._observe_plain(surprise)
 
+    def doubt(self, model: bool, size: int) -> None:
+        """What such rounds cost is to be found out again, nearly: it was long ago."""
+        kind = int(model), size
+        self.seen[kind] = min(self.seen[kind], KNOWN)
+
     def _observe_draft(self, kind: tuple[int, int], surprise: float) -> None:
         seen = self.seen[kind]
         # What is off by much may be the device's first round of its kind, or an

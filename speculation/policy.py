@@ -29,6 +29,9 @@ _STRIDE = 2
 #: Rounds after which a draft as long as may be is tried, if no loss has to be feared: a
 #: cost that rises in steps may hide what lies behind one.
 _LOOK_FAR = 24
+#: Rounds after which another size than the best is tried, at first and at most, and how
+#: much of what the best gains it has to promise.
+_LOOK_FIRST, _LOOK_MOST, _WORTH = 12, 48, 0.6
 #: What is less than this is no gain.
 _LEAST_GAIN = 1.02
 #: Plain rounds that a try may cost without further thought.
@@ -211,6 +214,8 @@ class Auto:
         self._chances: dict[tuple[str, int], Chances] = {}
         self._entering: float | None = None  # seconds: the draft takes in a prompt
         self._tokens, self._texts = _TEXT  # that were committed, that ended
+        self._look = _LOOK_FIRST  # rounds after which another size is tried
+        self._steady = self._other = 0  # those since one was; how many were
         self._pause = _FIRST_PAUSE  # plain rounds after which drafting is tried again
         self._quiet = 0  # those since it was
         self._plain_more = 0  # plain rounds that are to come, to be timed
@@ -237,7 +242,7 @@ class Auto:
             if self._quiet:
                 self._quiet, self._pause = 0, _FIRST_PAUSE
             else:
-                model, size = self._farther(costs, options, model, size)
+                model, size = self._explore(costs, options, model, size)
         else:
             self._settled = True
             if gains.max() == -math.inf or self._quiet < self._pause:
@@ -254,18 +259,34 @@ class Auto:
         self.drafting = bool(model) and 1 / (1 / gain + share) >= _LEAST_GAIN
         return Plan(int(size) if model else 0, int(size), tuple(looked_up), gain)
 
-    def _farther(
+    def _explore(
         self, costs: Costs, options: "_Options", model: int, size: int
     ) -> tuple[int, int]:
-        """What is drafted, ``size`` or, once in a while, as much as may be."""
-        longest = int(np.flatnonzero(options.gain[model] > -math.inf).max())
+        """What is drafted, ``size`` or, once in a while, as much as may be, or what
+        was long not tried: it may have turned out dear by chance."""
+        its = options.gain[model]
+        longest = int(np.flatnonzero(its > -math.inf).max())
         if (
             costs.rounds % _LOOK_FAR == 0
             and longest > costs.farthest + _STRIDE
             and options.risk[model, longest] <= 0
         ):
             return model, longest
-        return model, size
+        self._steady += 1
+        if self._steady < self._look:
+            return model, size
+        self._steady, self._look = 0, min(2 * self._look, _LOOK_MOST)
+        self._other += 1
+        wanted = (size // 2, 2 * size, 1)[self._other % 3]
+        fit = [
+            n
+            for n in range(1, len(its))
+            if n != size and its[n] > _WORTH * its[size] and options.risk[model, n] <= 0
+        ]
+        other = min(fit, key=lambda n: abs(n - wanted), default=size)
+        if other != size:
+            costs.doubt(bool(model), other)
+        return model, other
 
     def stays_plain(self, batch: int, rows: Sequence[Prospect]) -> bool:
         """As :class:`Policy` has it."""

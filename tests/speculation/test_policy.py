@@ -124,14 +124,14 @@ def driven(process, curve, step, seed):
 
 @pytest.mark.parametrize("curve", VERIFY)
 def test_nearly_the_best_and_never_slower_than_plain(curve):
-    """Some 0.95 of the best in hindsight or more, the mean of two texts, whatever the
-    draft is worth and costs; 0.98 of plain decoding, and 0.94 from the start."""
+    """0.95 of the best in hindsight or more, the mean of two texts, whatever the draft
+    is worth and costs; 0.98 of plain decoding, and 0.94 from the start."""
     for step in STEPS:
         for process in STATIONARY:
             runs = [driven(process, curve, step, seed) for seed in (0, 1)]
             where = curve, step, process, runs
             share = np.mean([whole / best for whole, _, best in runs])
-            assert share > 0.94, where
+            assert share > 0.9495, where
             assert min(whole for whole, _, _ in runs) > 0.98, where
             assert min(first for _, first, _ in runs) > 0.94, where
 
@@ -150,6 +150,26 @@ def test_texts_that_change(curve):
                 0.98 if curve == "a step at 6 rows" else 1.0 if best > 1.05 else 0.98
             ), where
             assert min(first for _, first, _ in runs) > 0.94, where
+
+
+@pytest.mark.parametrize(
+    "alpha, curve, step, seed",
+    [(0.3, "flat", 0.02, 1), (0.1, "flat", 0.02, 1), (0.4, "a small model's", 0.1, 0)],
+)
+def test_what_seemed_dear_by_chance_is_tried_again(
+    alpha, curve, step, seed, monkeypatch
+):
+    """Texts in which one number of tokens was kept to, for costs of others that were
+    measured while the machine was slow: 0.87 to 0.92 of the best."""
+    chances = {"this": lambda rng: np.full(len(PLACES), alpha)}
+    monkeypatch.setitem(STATIONARY, "this", chances["this"])
+    policy = Auto(MOST, step=step, token=0.1)
+    stands = fates("this", seed)
+    whole, _ = drive(policy, curve, step, stands, seed)
+    best_fixed.cache_clear()
+    best = best_fixed("this", curve, step, seed)
+    best_fixed.cache_clear()
+    assert whole / best > 0.95
 
 
 def run(policy, rounds, kind="greedy, delta 0.0", seconds=lambda size: 0.01, alpha=0.8):
