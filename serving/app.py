@@ -140,7 +140,7 @@ class _Door:
     ):
         self._app, self._known, self._metrics = app, known, metrics
         self._key = key
-        self._names = None if key or not is_loopback(host) else {host.strip("[]")}
+        self._alone = not key and is_loopback(host)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -165,13 +165,12 @@ class _Door:
 
     def _let_in(self, scope: Scope) -> ASGIApp:
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-        if self._names is not None:
-            # Without one, as in HTTP/1.0, it is no browser.
-            name = _host_of(headers.get(b"host", "localhost"))
-            if name not in self._names and not is_loopback(name):
-                return error_response(
-                    RefusedError(421, "this server is for this machine alone")
-                )
+        # Without a Host, as in HTTP/1.0, it is no browser.
+        name = _host_of(headers.get(b"host", "localhost"))
+        if self._alone and not is_loopback(name):
+            return error_response(
+                RefusedError(421, "this server is for this machine alone")
+            )
         if self._key and scope["path"] not in _OPEN:
             kind, _, given = headers.get(b"authorization", "").partition(" ")
             same = hmac.compare_digest(

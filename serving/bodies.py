@@ -259,8 +259,8 @@ def _invalid(message: str, kind: type[_Body]) -> RefusedError:
 
 
 def _asked(body: "_Completion | _Chat", chat: bool) -> Asked:
-    stops = body.stop or []
-    for stop in (stops := [stops] if isinstance(stops, str) else stops):
+    stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    for stop in stops:
         require_text(stop, "stop")
     names = {f.name for f in fields(Sampling)} | {"max_tokens"}
     given = {

@@ -43,7 +43,7 @@ class Reply(Response):
         try:
             self._worker.submit(job)
         except (FullError, InputError) as error:
-            await _refusal(self._unanswered(error))(scope, receive, send)
+            await error_response(self._unanswered(error))(scope, receive, send)
             return
         gone = asyncio.ensure_future(_until_gone(receive))
         self._began = time.monotonic()
@@ -106,7 +106,7 @@ class Reply(Response):
                     pieces[each.choice] += each.pieces
                     reasons[each.choice] = each.finish_reason
         except RefusedError as error:
-            await _refusal(error)(scope, receive, send)
+            await error_response(error)(scope, receive, send)
             return
         choices = []
         for index, its in enumerate(pieces):
@@ -147,7 +147,7 @@ class Reply(Response):
                     await send(_body(body))
         except RefusedError as error:
             if not started:
-                await _refusal(error)(scope, receive, send)
+                await error_response(error)(scope, receive, send)
                 return
             await send(_body(_event(error.as_dict()), more=False))
             return
@@ -245,9 +245,6 @@ def unavailable(worker: Worker) -> RefusedError:
 def error_response(error: RefusedError) -> Response:
     """An error object."""
     return JSONResponse(error.as_dict(), error.status, error.headers)
-
-
-_refusal = error_response
 
 
 def _teller(

@@ -77,6 +77,8 @@ class Job:
         unread: prompts that are not encoded yet, and their places.
         requests: what the engine is still to be asked for.
         numbers: the engine's, of what it was asked for.
+        prompt_tokens: of the prompts that are encoded.
+        rules: how they are answered, once the first is.
     """
 
     def __init__(self, asked: Asked, tell: Callable[[Event], None]):
@@ -87,6 +89,7 @@ class Job:
         self.requests: deque[Request] = deque()
         self.numbers: list[int] = []
         self.prompt_tokens = 0
+        self.rules: Rules | None = None
 
 
 class _Text:
@@ -124,6 +127,8 @@ class Worker:
 
     Attributes:
         name: of the model; None until it is loaded.
+        rows: the most texts that are decoded at once; 0 until that is known.
+        most_drafted: the most draft tokens of a round.
         fault: why nobody answers any more.
         failed: what ended it, if it was not told to stop.
     """
@@ -149,7 +154,7 @@ class Worker:
         self.most_drafted = 0
         self.fault: BaseException | None = None
         self.failed: BaseException | None = None
-        self._load, self._rows, self._waiting = load, rows or 0, waiting
+        self._load, self.rows, self._waiting = load, rows or 0, waiting
         self._most_tokens, self._most_prompt = most_tokens, most_prompt
         self._metrics = metrics
         self._orders: SimpleQueue[tuple[str, Job | None]] = SimpleQueue()
@@ -169,12 +174,7 @@ class Worker:
     @property
     def most(self) -> int:
         """The most texts that there may be at once, those that wait included."""
-        return self._rows + self._waiting
-
-    @property
-    def rows(self) -> int:
-        """The most that are decoded at once."""
-        return self._rows
+        return self.rows + self._waiting
 
     @property
     def count(self) -> int:
@@ -217,12 +217,12 @@ class Worker:
     def _run(self) -> None:
         try:
             pair, name = self._load()
-            if not self._rows:
-                self._rows = pair.batch_size(self._most_prompt, self._most_tokens, None)
-            self._rows = self._rows if pair.batches else 1
+            if not self.rows:
+                self.rows = pair.batch_size(self._most_prompt, self._most_tokens, None)
+            self.rows = self.rows if pair.batches else 1
             self._pair = pair
             self.most_drafted = pair.policy.most if pair.drafts else 0
-            self._engine = pair.engine(self._rows)
+            self._engine = pair.engine(self.rows)
             self.name = name
             while self._go_on():
                 pass
@@ -261,7 +261,7 @@ class Worker:
         """Do what others have asked for; whether to go on."""
         while True:
             idle = not (self._engine.busy or self._turns)
-            self._metrics.waiting(max(0, self._count - self._rows))
+            self._metrics.waiting(max(0, self._count - self.rows))
             if idle:
                 self._metrics.idle()
                 self._keep(_KEEPING)
@@ -307,7 +307,8 @@ class Worker:
         """Encode the next of its prompts; when all are, it has begun."""
         place, prompt = job.unread.popleft()
         try:
-            requests = self._requests(job.asked, place, prompt)
+            job.rules = job.rules or self._rules(job.asked)
+            requests = self._requests(job.asked, job.rules, place, prompt)
         except Exception as error:
             if not isinstance(error, InputError):
                 traceback.print_exception(error)
@@ -319,27 +320,18 @@ class Worker:
             job.tell(Begun(job.prompt_tokens))
             self._metrics.prompt(job.prompt_tokens)
 
-    def _requests(
-        self, asked: Asked, place: int, prompt: "str | Messages"
-    ) -> list[Request]:
-        """What to ask the engine for: each text of a prompt.
+    def _rules(self, asked: Asked) -> Rules:
+        """How the prompts of a job are answered.
 
         Raises:
-            InputError: it is odd.
+            InputError: they cannot be answered so.
         """
         if asked.num_draft is not None and asked.num_draft > self.most_drafted:
             raise InputError(
                 f"num_draft is {asked.num_draft}: at most {self.most_drafted} are "
                 "drafted here"
             )
-        question = self._question(prompt)
-        text = last_text(question)
-        if len(text) > _CHARACTERS * self._most_prompt:
-            raise TooLongError(
-                f"the prompt has {len(text)} characters: at most "
-                f"{_CHARACTERS * self._most_prompt} are read here"
-            )
-        rules = Rules(
+        return Rules(
             self._pair,
             asked.given,
             bad_words=asked.bad_words,
@@ -348,6 +340,22 @@ class Worker:
             delta=asked.delta,
             said=self._said,
         )
+
+    def _requests(
+        self, asked: Asked, rules: Rules, place: int, prompt: "str | Messages"
+    ) -> list[Request]:
+        """What to ask the engine for: each text of a prompt.
+
+        Raises:
+            InputError: it is odd.
+        """
+        question = self._question(prompt)
+        text = last_text(question)
+        if len(text) > _CHARACTERS * self._most_prompt:
+            raise TooLongError(
+                f"the prompt has {len(text)} characters: at most "
+                f"{_CHARACTERS * self._most_prompt} are read here"
+            )
         sampling, most = rules.of(question)
         if most > self._most_tokens:
             raise InputError(
@@ -411,7 +419,7 @@ class Worker:
         and it is of no more use."""
         traceback.print_exception(error)
         self._pair.forget()
-        self._engine = self._pair.engine(self._rows)
+        self._engine = self._pair.engine(self.rows)
         for job in self._jobs():
             self._fail(job, error)
 
