@@ -107,13 +107,19 @@ def _forget_odd_settings() -> None:
             del os.environ[name]
 
 
+def _number(name: str) -> str | None:
+    """How many threads the environment says that there are to be."""
+    own = "OPENBLAS" if "openblas" in name else "MKL"
+    says = (f"{own}_NUM_THREADS", "OMP_NUM_THREADS")
+    return next(filter(None, map(os.environ.get, says)), None)
+
+
 def _is_chosen(name: str) -> bool:
     """Whether the environment says how many threads there are to be, or whose."""
-    own = "OPENBLAS" if "openblas" in name else "MKL"
-    says = (f"{own}_NUM_THREADS", "OMP_NUM_THREADS", "MKL_THREADING_LAYER")
-    return any(os.environ.get(each) for each in says)
+    return bool(_number(name) or os.environ.get(_LAYER))
 
 
+_LAYER = "MKL_THREADING_LAYER"
 _SEQUENTIAL, _TBB = 1, 4  # of MKL_Set_Threading_Layer
 
 
@@ -133,6 +139,11 @@ def _use_tbb(name: str, handle: ctypes.CDLL) -> bool:
     except OSError:
         found = False
     if _is_chosen(name):
+        # OpenMP's runtime is not needed for one thread. It keeps a file of each process
+        # in shared memory, and ends one with a bus error whose number another had that
+        # could not write it.
+        if _number(name) == "1" and not os.environ.get(_LAYER):
+            handle.MKL_Set_Threading_Layer(_SEQUENTIAL)
         return False
     if found and _can_start_threads():
         return handle.MKL_Set_Threading_Layer(_TBB) == _TBB

@@ -71,7 +71,21 @@ def test_mkl_takes_threads_that_wait_for_nobody(first):
 def test_what_the_environment_says_holds(name, value):
     shares, *libraries = threads_of(**{name: value or "SEQUENTIAL"})
     assert shares == "False"
-    assert not any("tbb" in library for library in libraries)
+    assert libraries == []
+
+
+@needs_mkl
+@pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "MKL_NUM_THREADS"])
+def test_one_thread_without_openmp(name):
+    """Whose runtime reads what an earlier process of the same number has left in shared
+    memory: nothing, where that one could not write; and dies of it."""
+    first = """
+import atexit, os
+left = f"/dev/shm/__KMP_REGISTERED_LIB_{os.getpid()}_{os.getuid()}"
+os.close(os.open(left, os.O_CREAT))
+atexit.register(os.unlink, left)
+"""
+    assert threads_of(first, **{name: "1"}) == ["False"]
 
 
 @needs_mkl
