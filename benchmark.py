@@ -47,7 +47,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from console.choosing import NO_DRAFT, choose_pair
+from console.choosing import NO_DRAFT, add_loading, choose_pair, loading_of
 from measuring import baselines, batches
 from measuring.batches import BatchRow, measure_batches
 from measuring.calibration import calibrate
@@ -119,6 +119,8 @@ NOT_SERVED = (
     "target_config",
     "draft_config",
     "unverified",
+    "dtype",
+    "compile",
     "plot",
 )
 CLIENTS, REQUESTS = 64, 1000
@@ -195,7 +197,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
     add("--model", metavar="NAME", help="target (default: as in main.py)")
     add("--draft-model", metavar="NAME", help="draft (default: as in main.py)")
     add("--lookup", action="store_true", help="as in main.py")
-    add("--unverified", action="store_true", help="as in main.py")
+    add_loading(add)
     add(
         "--prompts",
         type=Path,
@@ -332,7 +334,7 @@ def _check_serving(args: Namespace) -> None:
         return
     for name in NOT_SERVED:
         value = getattr(args, name)
-        if value is not None and value is not False:
+        if value is not None and value is not False and value != AUTO:
             raise InputError(
                 "--serve measures servers, which decode greedily and draft as much as "
                 f"pays: it does not go with --{name.replace('_', '-')}"
@@ -429,7 +431,7 @@ def _pair(args: Namespace, drafts: bool) -> Any:
         args.model,
         args.draft_model,
         plain=False,
-        unverified=args.unverified,
+        how=loading_of(args),
         lookup=args.lookup,
     )
     if drafts and not pair.drafts:
@@ -606,7 +608,8 @@ def _simulation(
     about["simulation"] = (
         f"SIMULATION: random weights in the shapes of {target} and {draft}"
     )
-    return partial(SimulatedPair, target, draft, args.simulate_alpha)
+    alpha, how = args.simulate_alpha, loading_of(args)
+    return partial(SimulatedPair, target, draft, alpha, how=how)
 
 
 def _calibrate(args: Namespace, about: dict[str, Any]) -> None:

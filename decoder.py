@@ -363,6 +363,7 @@ class Engine:
                 del newcomers[half:]
                 size = self._size_for(half)
             self._have_threads(size)
+            memory.wire(self, self._bytes(size, newcomers))
             started = time.perf_counter()
             try:
                 with blame_prompt():
@@ -467,6 +468,7 @@ class Engine:
         have = len(self._rows)
         texts = [*self._active, *islice(self._waiting, size)]
         if size > have and self._has_room(size, texts):
+            memory.wire(self, self._bytes(size, texts))
             self._take(list(range(have)), size - have)
             self._rows += [None] * (size - have)
         elif size < have:
@@ -481,11 +483,15 @@ class Engine:
 
     def _has_room(self, rows: int, texts: list[Row]) -> bool:
         """Whether the memory does for so many rows, with these texts in them."""
+        size = self._bytes(rows, texts)
+        return size <= memory.SMALL or memory.fits(size)
+
+    def _bytes(self, rows: int, texts: list[Row]) -> int:
+        """What the caches of so many rows take, with these texts in them."""
         prompt = max(len(row.request.prompt) for row in texts)
         answer = max(row.request.max_tokens for row in texts)
         size = self._target.batch_bytes(rows, prompt, answer)
-        size += self._drafts.batch_bytes(rows, prompt, answer)
-        return size <= memory.SMALL or memory.fits(size)
+        return size + self._drafts.batch_bytes(rows, prompt, answer)
 
     def _have_threads(self, rows: int) -> None:
         fast_blas.fit_threads(self._target.parameters * rows)

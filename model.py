@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import cycle
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -347,7 +347,11 @@ class T5(nn.Module):
         yield self.encoder.norm(x).reshape(batch, length, -1)
 
     def decode(
-        self, tokens: mx.array, caches: list["LayerCache"], step: "Step"
+        self,
+        tokens: mx.array,
+        caches: list["LayerCache"],
+        step: "Step",
+        early: bool = True,
     ) -> mx.array:
         """Run the decoder over new positions, writing their keys and values.
 
@@ -355,13 +359,15 @@ class T5(nn.Module):
             tokens: (B, T) ids.
             caches: one per layer; updated.
             step: where the new positions lie and what they may attend to.
+            early: whether a CPU may begin with the first layers before the last are
+                built.
 
         Returns:
             Logits (B, T, V).
         """
         x = self._embed(tokens)
         # Verifying is never in vain, as the plain round that is built ahead can be.
-        early = tokens.shape[1] > 1
+        early &= tokens.shape[1] > 1
         for number, (layer, cache, past) in enumerate(
             zip(self.decoder.layers, caches, cycle(step.past), strict=False)
         ):
@@ -385,6 +391,27 @@ class LayerCache:
     source_values: mx.array  # (B, H, S, D)
 
 
+class Places(NamedTuple):
+    """Where the T new positions of a pass lie in the cache.
+
+    Attributes:
+        at: (1,) the first, where they are every row's; (B, 1, T, 1) each row's else.
+        back: (B, T, C) how far each of C positions is behind them; C where it is not.
+    """
+
+    at: mx.array
+    back: mx.array
+
+    @classmethod
+    def of(cls, rows: np.ndarray, capacity: int) -> "Places":
+        """Those at ``rows`` (B, T), consecutive in each row."""
+        back = rows[:, :, None] - np.arange(capacity, dtype=np.int32)
+        back = np.where(back < 0, capacity, back)
+        together = (rows == rows[0]).all()
+        at = rows[0, :1] if together else rows[:, None, :, None]
+        return cls(mx.array(at), mx.array(back))
+
+
 class Step:
     """One decoder pass: where its T new positions lie, and what they may attend to.
 
@@ -395,26 +422,21 @@ class Step:
     """
 
     def __init__(
-        self, rows: np.ndarray, biases: list[mx.array], source: mx.array | None
+        self, places: "Places", biases: list[mx.array], source: mx.array | None
     ) -> None:
         """
         Args:
-            rows: (B, T) cache positions, consecutive in each row.
             biases: (H, C + 1) each, column d for a key d positions back, the last one
                 -inf; one for each layer or one for all.
             source: as the attribute.
         """
-        capacity = biases[0].shape[1] - 1
-        back = rows[:, :, None] - np.arange(capacity, dtype=np.int32)
-        back = np.where(back < 0, capacity, back)
-        back = mx.array(back)
         # (H, B, T, C) -> (B, H, T, C); a transposed mask is copied in every layer.
         self.past = [
-            mx.contiguous(mx.take(bias, back, axis=1).swapaxes(0, 1)) for bias in biases
+            mx.contiguous(mx.take(bias, places.back, axis=1).swapaxes(0, 1))
+            for bias in biases
         ]
         self.source = source
-        self._together = bool((rows == rows[0]).all())
-        self._at = mx.array(rows[0, :1] if self._together else rows[:, None, :, None])
+        self._at = places.at
 
     def write(self, cache: mx.array, new: mx.array) -> mx.array:
         """``cache`` (B, H, C, D) with ``new`` (B, H, T, D) in its place.
@@ -422,6 +444,6 @@ class Step:
         The buffer is reused, not copied, once nothing else holds the old array. MLX
         checks no bounds here: the caller has made sure that C is enough.
         """
-        if self._together:
+        if self._at.ndim == 1:
             return mx.slice_update(cache, new, self._at, axes=(2,))
         return mx.put_along_axis(cache, mx.broadcast_to(self._at, new.shape), new, 2)

@@ -23,6 +23,7 @@ from typing import Any
 
 from answering import Answers, Generation, Question, Source, source_of
 from architectures import registry
+from architectures.loading import USUAL, Loading
 from checkpoints.defaults import Defaults, DefaultsError, Files
 from decoder import Engine
 from speculation.drafting import Drafter, ModelDrafter
@@ -65,7 +66,7 @@ class Pair:
         drafter: a draft model that shares its ids; None for none.
         lookup: guesses without a model; None for none.
         eos_tokens: the ids that end a text.
-        folder, draft_folder: where the models were loaded from.
+        folder, draft_folder: where the models were loaded from, and ``how``.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Pair:
         self.lookup = lookup
         self.folder: Path | None = None
         self.draft_folder: Path | None = None
+        self.how = USUAL
         self._remembered = -math.inf  # when that was
         self._latest: object = None  # whoever decodes on these caches
 
@@ -94,6 +96,8 @@ class Pair:
         *,
         lookup: bool = False,
         unverified: bool = False,
+        dtype: str | None = None,
+        compiled: bool = False,
     ) -> "Pair":
         """Load models by folder or by name.
 
@@ -103,18 +107,18 @@ class Pair:
             draft_model: likewise, or :data:`LOOKUP`; None for no draft.
             lookup: where words occurred before, take what followed them, and ask the
                 draft model elsewhere.
-            unverified: take decoder-only models, too, whose text nobody has compared
-                with transformers' (:mod:`verified`).
+            unverified, dtype, compiled: of :class:`loading.Loading`, for both.
 
         Raises:
             InputError: a folder is missing or damaged, or the draft's embedding has too
                 few rows for the target's ids.
             DifferentTokenizersError: they are no pair; no weights are read.
         """
-        folder = registry.find(model, unverified)
+        how = Loading(unverified, dtype, compiled)
+        folder = registry.find(model, how.unverified)
         draft_folder = None
         if draft_model not in (None, LOOKUP):
-            draft_folder = registry.find(draft_model, unverified)
+            draft_folder = registry.find(draft_model, how.unverified)
         tokenizer = Tokenizer(folder)
         if draft_folder and not have_equal_files(folder, draft_folder):
             difference = tokenizer.difference(Tokenizer(draft_folder))
@@ -139,17 +143,17 @@ class Pair:
                     f"to {vocabulary - 1}: they are no pair"
                 )
             session = architecture.open_session(
-                draft_folder, tokenizer, vocabulary, unverified
+                draft_folder, tokenizer, vocabulary, how
             )
             drafter = ModelDrafter(session)
-        target = architecture.open_session(folder, tokenizer, vocabulary, unverified)
+        target = architecture.open_session(folder, tokenizer, vocabulary, how)
         ends = architecture.eos_tokens(folder, tokenizer)
         looks: Lookup | None = None
         if lookup or draft_model == LOOKUP:
             # Beside a model that asks for more, as the model is better at chance.
             looks = Lookup(LEAST_MATCH if drafter else 2)
         pair = cls(target, tokenizer, ends, drafter, looks)
-        pair.folder, pair.draft_folder = folder, draft_folder
+        pair.folder, pair.draft_folder, pair.how = folder, draft_folder, how
         return pair
 
     @property
@@ -348,6 +352,8 @@ class Pair:
         if self.draft_folder:
             parts.append(remembering.fingerprint(self.draft_folder))
         parts += [LOOKUP] if self.lookup else []
+        parts += [self.how.dtype] if self.how.dtype else []
+        parts += ["compiled"] if self.how.compiled else []
         return " with ".join(parts)
 
     def remember(self) -> Path | None:

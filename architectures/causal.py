@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from architectures.loading import Loading
 from checkpoints.config import Special, find_size, with_text
 from checkpoints.converted import CONFIG, GENERATION_CONFIG
 from speculation.session import Session
@@ -100,17 +101,23 @@ def eos_tokens(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
 
 
 def open_session(
-    folder: Path, tokenizer: Tokenizer, vocabulary: int, unverified: bool
+    folder: Path, tokenizer: Tokenizer, vocabulary: int, how: Loading
 ) -> Session:
     """Load a model into a session that emits the tokenizer's ids alone.
 
     Raises:
-        InputError: as :func:`causal_model.load`, or it cannot emit them.
+        InputError: as :func:`causal_model.load`, or it cannot emit them, or it is to
+            be loaded as only T5 is.
     """
+    if how.dtype or how.compiled:
+        raise InputError(
+            f"{folder} is no T5: it is computed in what it is stored in, on a CPU in "
+            "float32, and not compiled (--dtype and --compile are for T5)"
+        )
     from architectures import causal_model
 
     try:
-        found = causal_model.load(folder, unverified)
+        found = causal_model.load(folder, how.unverified)
     except ImportError:
         raise InputError(HINT) from None
     from architectures.causal_session import CausalSession  # of mlx-lm's caches

@@ -24,7 +24,7 @@ from checkpoints.sources import Tensor, open_checkpoint, weight_files
 from system.device import prepare
 from system.errors import InputError
 from system.files import read_json
-from system.memory import prepare_memory
+from system.memory import prepare_memory, wire
 
 #: What a config may call the number of its layers, and the most of anything else that
 #: it counts: heads, experts, inputs.
@@ -88,6 +88,7 @@ def load(folder: Path, unverified: bool = False) -> Causal:
     size = sum(weight.nbytes for _, weight in weights)
     prepare_memory(size, folder, "one that mlx-lm quantized (mlx-community)")
     mx.eval(model.parameters())
+    wire(model, size)
     model.eval()
     positions = known.positions if known else _positions(config, model)
     heads = find_size(config, "num_attention_heads", "n_head", "num_heads", "n_heads")

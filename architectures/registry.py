@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from architectures import causal, t5
+from architectures.loading import Loading
 from checkpoints.config import FAMILY, require_family
 from checkpoints.converted import CONFIG, locate
 from checkpoints.hub import fetch, fetch_config
@@ -34,7 +35,7 @@ class Architecture(Protocol):
 
     @staticmethod
     def open_session(
-        folder: Path, tokenizer: Tokenizer, vocabulary: int, unverified: bool
+        folder: Path, tokenizer: Tokenizer, vocabulary: int, how: Loading
     ) -> Session:
         """Load a model into a session that emits ids below ``vocabulary``, but for
         those that no token stands for."""

@@ -59,12 +59,13 @@ class Product(nn.Module):
 
 
 def slim(model: T5) -> None:
-    """Rewrite a T5 in place, if this is a CPU and it is small.
+    """Rewrite a T5 in place, if this is a CPU and it is small and in float32.
 
     A tied head may become a matrix of its own: afterwards one says no more that it is
     untied. Nobody else may hold the model's weights.
     """
-    if not on_cpu() or parameter_count(model) >= fast_blas.SMALL:
+    small = parameter_count(model) < fast_blas.SMALL
+    if not (on_cpu() and small and model.dtype == mx.float32):
         return
     for layer in [*model.encoder.layers, *model.decoder.layers]:
         for name, (block, matrix) in READERS.items():

@@ -1,92 +1,125 @@
 """A T5 made: from a converted folder, or from its shapes alone."""
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten, tree_map_with_path
 
-from architectures.parameters import dequantize, linear_paths, parameter_count, quantize
+from architectures.loading import USUAL, Loading
+from architectures.parameters import (
+    dequantize,
+    linear_paths,
+    parameter_shapes,
+    quantize,
+)
 from architectures.slim import slim
 from architectures.t5_session import T5Session
 from checkpoints.config import T5Config
-from checkpoints.converted import WEIGHTS, MappedWeights
+from checkpoints.converted import WEIGHTS, MappedWeights, dtype_of
 from checkpoints.sources import Steps, Tensor
 from model import T5
 from speculation.session import Session
-from system.device import prepare
-from system.memory import prepare_memory
+from system.device import on_cpu, prepare
+from system.memory import prepare_memory, wire
 from text.tokenizer import Tokenizer
 
 #: What a config names whose checkpoint has no head.
 BARE = ["T5Model"]
 
 
-def load(folder: Path) -> T5:
+def load(folder: Path, how: Loading = USUAL) -> T5:
     """Load a converted model.
 
-    On a CPU the weights become float32, quantized ones too.
+    On a CPU quantized weights are unpacked.
 
     Raises:
-        InputError: the folder lacks a file, or its files do not belong together.
+        InputError: the folder lacks a file, or its files do not belong together, or a
+            number is beyond the dtype that is wanted.
     """
     config = T5Config.read(folder)
     stored = MappedWeights(folder / WEIGHTS)
     config.require(len(stored), stored.bytes())
     model = T5(config, tied="head.weight" not in stored)
     quantized = [path for path in linear_paths(model) if f"{path}.scales" in stored]
-    dtype = prepare()
-    size = dtype.size * parameter_count(model) if dtype else stored.bytes()
+    dtype = prepare(how.dtype, how.compiled)
+    become = partial(dtype_of, dtype=dtype)
+    unpacked = bool(quantized) and on_cpu()
+    whole = parameter_shapes(model)
     if quantized:
         quantize(model, config.quantization, quantized)
-    prepare_memory(size, folder)
     parameters = dict(tree_flatten(model.parameters()))
-    weights = stored.load(parameters, dtype)
-    if dtype and quantized:
+
+    if unpacked or (dtype and not quantized):
+        size = _bytes(whole, become)
+    else:
+        size = stored.bytes()
+    prepare_memory(size, folder)
+    weights = stored.load(parameters, become)
+    if unpacked:
         for path in quantized:
-            weights[f"{path}.weight"] = dequantize(weights, path, config.quantization)
+            name = f"{path}.weight"
+            value = dequantize(weights, path, config.quantization)
+            weights[name] = value.astype(become(name))
+            mx.eval(weights[name])
         model = T5(config, tied="head.weight" not in stored)
     model.load_weights(list(weights.items()))
     mx.eval(model.parameters())
+    wire(model, size)
     return model
 
 
-def random(config: T5Config, name: str) -> T5:
-    """A T5 with random weights, float32 on a CPU, else bfloat16.
+def random(config: T5Config, name: str, how: Loading = USUAL) -> T5:
+    """A T5 with random weights, float32 on a CPU, else bfloat16, if nobody says.
 
     Raises:
         InputError: it does not fit the memory.
     """
-    dtype = prepare() or mx.bfloat16
+    dtype = prepare(how.dtype, how.compiled) or mx.bfloat16
+    become = partial(dtype_of, dtype=dtype)
     model = T5(config, tied=config.scale_outputs)
-    prepare_memory(parameter_count(model) * dtype.size, Path(name))
+    size = _bytes(parameter_shapes(model), become)
+    prepare_memory(size, Path(name))
     mx.random.seed(0)
 
-    def fill(weight: mx.array) -> mx.array:
+    def fill(name: str, weight: mx.array) -> mx.array:
+        dtype = become(name)
         if weight.ndim == 1:
             return mx.ones(weight.shape, dtype)
         value = mx.random.normal(weight.shape, dtype, scale=weight.shape[1] ** -0.5)
         mx.eval(value)  # one at a time: a model may take most of the memory
         return value
 
-    model.update(tree_map(fill, model.parameters()))
+    model.update(tree_map_with_path(fill, model.parameters()))
     mx.eval(model.parameters())
+    wire(model, size)
     return model
 
 
+def _bytes(
+    shapes: Mapping[str, tuple[int, ...]], dtype: Callable[[str], mx.Dtype]
+) -> int:
+    return sum(dtype(name).size * math.prod(shape) for name, shape in shapes.items())
+
+
 def session(
-    model: T5, vocabulary: int | None = None, banned: Collection[int] = ()
+    model: T5,
+    vocabulary: int | None = None,
+    banned: Collection[int] = (),
+    compiled: bool = False,
 ) -> T5Session:
     """The model, as fast as this device can run it, with a batch's decoding state.
 
     Whatever else holds the model's weights, loses them: see :func:`slim.slim`.
 
     Args:
-        vocabulary, banned: of :class:`T5Session`.
+        vocabulary, banned, compiled: of :class:`T5Session`.
     """
     slim(model)
-    return T5Session(model, vocabulary, banned)
+    return T5Session(model, vocabulary, banned, compiled)
 
 
 def plan(
@@ -129,7 +162,7 @@ def eos_tokens(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
 
 
 def open_session(
-    folder: Path, tokenizer: Tokenizer, vocabulary: int, unverified: bool
+    folder: Path, tokenizer: Tokenizer, vocabulary: int, how: Loading
 ) -> Session:
     """Load a model into a session that emits the tokenizer's ids alone.
 
@@ -137,5 +170,5 @@ def open_session(
         InputError: as :func:`load`.
     """
     # Loaded before anything is as large as the config says: it fits the weights then.
-    model = load(folder)
-    return session(model, vocabulary, tokenizer.gaps(vocabulary))
+    model = load(folder, how)
+    return session(model, vocabulary, tokenizer.gaps(vocabulary), how.compiled)

@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from architectures.parameters import parameter_count
-from model import T5, LayerCache, Step
+from model import T5, LayerCache, Places, Step
 from speculation.processors import ban
 from speculation.session import (
     Preparing,
@@ -25,7 +25,7 @@ from speculation.session import (
     take_rows,
     wipe_row,
 )
-from system.device import FUSED, compute_early, on_cpu
+from system.device import FUSED, compute_early, fewest_keys, on_cpu
 from system.memory import require_room
 
 
@@ -34,6 +34,44 @@ def source_room(length: int) -> int:
     ones, by up to a quarter larger."""
     step = max(16, 1 << max(0, (length - 1).bit_length() - 3))
     return -(-length // step) * step
+
+
+class _Logits:
+    """A decoder pass, of the ids that may be emitted."""
+
+    def __init__(self, model: T5, vocabulary: int, banned: Collection[int]):
+        self._decode = model.decode
+        self._vocabulary = vocabulary
+        self._ban: mx.array | None = None
+        if banned:
+            self._ban = ban(vocabulary, banned).astype(model.dtype)
+
+    def __call__(
+        self, tokens: mx.array, caches: list[LayerCache], step: Step, early: bool
+    ) -> mx.array:
+        logits = self._decode(tokens, caches, step, early)[..., : self._vocabulary]
+        return logits if self._ban is None else logits + self._ban
+
+
+class _Traced:
+    """The same as a function of arrays alone."""
+
+    def __init__(self, logits: _Logits):
+        self._logits = logits
+
+    def __call__(
+        self,
+        tokens: mx.array,
+        places: Places,
+        biases: list[mx.array],
+        padding: mx.array | None,
+        arrays: list[list[mx.array]],
+    ) -> tuple[mx.array, list[tuple[mx.array, mx.array]]]:
+        """Logits, and each layer's keys and values then."""
+        caches = [LayerCache(*each) for each in arrays]
+        step = Step(Places(*places), biases, padding)
+        logits = self._logits(tokens, caches, step, early=False)  # there are no values
+        return logits, [(cache.keys, cache.values) for cache in caches]
 
 
 class T5Session:
@@ -51,12 +89,15 @@ class T5Session:
         model: T5,
         vocabulary: int | None = None,
         banned: Collection[int] = (),
+        compiled: bool = False,
     ):
         """
         Args:
             vocabulary: how many ids may be emitted: logits are cut to it. Embeddings
                 often have rows of padding beyond the tokenizer's ids.
             banned: ids below it that stand for nothing either: their logits are -inf.
+            compiled: have MLX trace a decoder pass once for each of its shapes, of
+                which there are few then: a source has room for some more tokens.
         """
         self.model = model
         self.vocabulary = min(vocabulary or math.inf, model.config.vocab_size)
@@ -65,9 +106,9 @@ class T5Session:
         self.has_encoder = True
         self.parameters = parameter_count(model)
         self._bias_of: dict[int, list[mx.array]] = {}  # by capacity
-        self._ban: mx.array | None = None
-        if banned:
-            self._ban = ban(self.vocabulary, banned).astype(model.dtype)
+        self._logits = _Logits(model, self.vocabulary, banned)
+        # It knows nothing of this session: what it holds is held for good.
+        self._compiled = mx.compile(_Traced(self._logits)) if compiled else None
         self.forget()
 
     def start(self, prompts: list[list[int]]) -> list[list[int]]:
@@ -83,6 +124,9 @@ class T5Session:
             TooLongError: the memory does not do; nothing has been computed.
         """
         sources = finish(self._encode(prompts, beside=False))
+        longest = max(map(len, prompts))
+        room = source_room(longest) if self._compiled else max(longest, fewest_keys())
+        sources = [(_with_room(k, room), _with_room(v, room)) for k, v in sources]
         self._capacity = self.first_capacity
         # One for all: the first write to it makes a copy.
         shape = (*sources[0][0].shape[:2], self._capacity, sources[0][0].shape[3])
@@ -90,7 +134,7 @@ class T5Session:
         self._caches = [LayerCache(empty, empty, *kv) for kv in sources]
         self.lengths = [0] * len(prompts)
         self._sources = [len(prompt) for prompt in prompts]
-        self._padding = self._mask(self._sources, max(self._sources))
+        self._padding = self._mask(self._sources, room)
         mx.eval([vars(cache) for cache in self._caches])
         return [[self.model.config.start_token] for _ in prompts]
 
@@ -181,7 +225,7 @@ class T5Session:
 
     def _mask(self, lengths: list[int], room: int) -> mx.array | None:
         """Additive mask (B, 1, 1, S) of sources so long; None where S is no more."""
-        if min(lengths) == room:
+        if min(lengths) == room and not self._compiled:  # that would be another shape
             return None
         padding = np.where(np.arange(room) < np.array(lengths)[:, None], 0, -np.inf)
         return mx.array(padding[:, None, None].astype(np.float32)).astype(
@@ -224,11 +268,19 @@ class T5Session:
         rows = np.array(self.lengths, np.int32)[:, None] + np.arange(
             new, dtype=np.int32
         )
-        step = Step(rows, self._biases(), self._padding)
-        logits = self.model.decode(tokens, self._caches, step)
+        places = Places.of(rows, self._capacity)
+        if self._compiled:
+            arrays = [list(vars(cache).values()) for cache in self._caches]
+            logits, written = self._compiled(
+                tokens, places, self._biases(), self._padding, arrays
+            )
+            for cache, (keys, values) in zip(self._caches, written, strict=True):
+                cache.keys, cache.values = keys, values
+        else:
+            step = Step(places, self._biases(), self._padding)
+            logits = self._logits(tokens, self._caches, step, early=True)
         self.lengths = [length + new for length in self.lengths]
-        logits = logits[..., : self.vocabulary]
-        return logits if self._ban is None else logits + self._ban
+        return logits
 
     def rewind(self, lengths: list[int]) -> None:
         """Forget all but the first ``lengths[b]`` cached positions of each row b.

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from checkpoints.config import QUANTIZED, Quantization
-from checkpoints.converted import WeightsWriter
+from checkpoints.converted import WeightsWriter, dtype_of
 from checkpoints.sources import Steps, Tensor, stacked_shape
 from system.errors import InputError, say
 
@@ -45,10 +45,9 @@ class Storage:
     dtype: str
     quantization: Quantization | None = None
 
-    def dtype_of(self, name: str) -> str:
-        """What exceeds float16 when it is computed with stays float32."""
-        wide = self.dtype == "float16" and name.endswith("feed_forward.wo.weight")
-        return "float32" if wide else self.dtype
+    def dtype_of(self, name: str) -> mx.Dtype:
+        """As :func:`converted.dtype_of`."""
+        return dtype_of(name, getattr(mx, self.dtype))
 
     def quantizes(self, name: str, shape: tuple[int, ...]) -> bool:
         """Matrices whose rows are whole groups; position biases are none."""
@@ -61,7 +60,7 @@ class Storage:
 
     def bytes(self, name: str, shape: tuple[int, ...]) -> int:
         """What a tensor takes."""
-        width = 4 if self.dtype_of(name) == "float32" else 2
+        width = self.dtype_of(name).size
         if not self.quantizes(name, shape):
             return width * math.prod(shape)
         groups = math.prod(shape) // self.quantization.group_size
@@ -98,7 +97,7 @@ def write_weights(path: Path, steps: Steps, storage: Storage) -> None:
         _progress(total) as progress,
     ):
         for name, parts in steps.items():
-            dtype = getattr(mx, storage.dtype_of(name))
+            dtype = storage.dtype_of(name)
             blocks = _blocks(parts, dtype, progress)
             if storage.quantizes(name, stacked_shape(parts)):
                 packed = _quantized(blocks, storage.quantization)

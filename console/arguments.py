@@ -4,7 +4,7 @@ from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable
 from typing import Any
 
-from console.choosing import NO_DRAFT
+from console.choosing import NO_DRAFT, add_loading
 from pair import LOOKUP, MOST_ROWS
 from speculation.requests import DELTA, MAX_TOKENS
 from speculation.sampling import COUPLINGS, GREEDY, RESIDUAL, SHARED
@@ -115,12 +115,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
         help="apply what the model's files ask for: penalties, lengths, sampling, and "
         "T5's own for prompts like 'summarize: ...'; flags that are given hold",
     )
-    add(
-        "--unverified",
-        action="store_true",
-        help="take decoder-only models whose text nobody has compared with "
-        "transformers', too",
-    )
+    add_loading(add)
     add("--chat", action="store_true", help="apply the model's chat template")
     add(
         "--system",

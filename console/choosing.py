@@ -1,13 +1,21 @@
 """Which models answer: those that flags name, or those that there are."""
 
+from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import mlx.core as mx
+
+from architectures.loading import Loading
 from architectures.registry import find
 from checkpoints import converted
 from checkpoints.converted import WEIGHTS
+from checkpoints.storing import DTYPES
 from pair import LOOKUP, DifferentTokenizersError, Pair
+from system import remembering
+from system.device import emulates_bfloat16, on_gpu
 from system.errors import InputError, say
 
 DEFAULT_DRAFT = "t5-small"
@@ -18,13 +26,49 @@ BUNDLED = tuple(
 
 NO_DRAFT = "none"
 
+#: What is remembered of this machine: whether compiled passes are faster.
+COMPILE = "compiled passes"
+
+
+def add_loading(add: Callable[..., Any]) -> None:
+    """The flags of how models are loaded."""
+    add(
+        "--unverified",
+        action="store_true",
+        help="take decoder-only models whose text nobody has compared with "
+        "transformers', too",
+    )
+    add(
+        "--dtype",
+        choices=("auto", *DTYPES.values()),
+        default="auto",
+        help="what T5 computes in (default: auto, what its weights are stored in, and "
+        "float32 on a CPU); float16 is faster than bfloat16 on an M1 or M2",
+    )
+    add(
+        "--compile",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="compile T5's decoder passes (default: auto, on a GPU where make check "
+        "has found that faster)",
+    )
+
+
+def loading_of(arguments: Namespace) -> Loading:
+    """What those flags say."""
+    compiled = arguments.compile == "on"
+    if arguments.compile == "auto":
+        compiled = on_gpu() and remembering.recall(COMPILE) is True
+    dtype = None if arguments.dtype == "auto" else arguments.dtype
+    return Loading(arguments.unverified, dtype, compiled)
+
 
 def choose_pair(
     model: str | None,
     draft: str | None,
     *,
     plain: bool,
-    unverified: bool,
+    how: Loading,
     lookup: bool = False,
 ) -> Pair:
     """Load the models that are asked for, or those that there are.
@@ -32,7 +76,8 @@ def choose_pair(
     Args:
         model, draft: as flags name them; None where they do not.
         plain: decode with the target alone: no draft is loaded.
-        unverified, lookup: of :meth:`pair.Pair.load`.
+        how: they are loaded.
+        lookup: of :meth:`pair.Pair.load`.
 
     Raises:
         InputError: there are none, or they cannot be loaded.
@@ -44,14 +89,20 @@ def choose_pair(
             say("using the bundled pair: English to German, sentences of up to 8 words")
         else:
             say(f"using {model}" + (f" with {draft}" if not plain else ""))
-    pair_of = partial(Pair.load, unverified=unverified, lookup=lookup and not plain)
+    pair_of = partial(Pair.load, lookup=lookup and not plain, **how._asdict())
     if plain or draft == NO_DRAFT:
         pair = pair_of(model)
     elif draft:
         pair = pair_of(model, draft)
     else:
-        model = str(find(model, unverified))  # once: it may ask the hub
+        model = str(find(model, how.unverified))  # once: it may ask the hub
         pair = _load_with_default_draft(model, pair_of)
+    model = pair.target.model if pair.target.has_encoder else None
+    if model is not None and model.dtype == mx.bfloat16 and emulates_bfloat16():
+        say(
+            "hint: this Mac has no arithmetic in bfloat16: --dtype float16 may be "
+            "faster, and is as exact (docs/dtypes.md)"
+        )
     if not pair.batches:
         say(
             "not verified: nobody has compared this model's text with transformers'; "

@@ -11,7 +11,7 @@ from itertools import count
 from answering import Generation
 from console.answers import Writer, report
 from console.arguments import NAME, check_flags, parse_arguments
-from console.choosing import BUNDLED, choose_pair
+from console.choosing import BUNDLED, choose_pair, loading_of
 from console.comparing import compare, describe_machine
 from console.job import Job
 from console.prompts import EXAMPLE_TASK, read_prompts, read_system, require_answerable
@@ -155,7 +155,7 @@ def _answer(arguments: Namespace, write: Writer, job: Job | None = None) -> int:
         arguments.model,
         arguments.draft_model,
         plain=arguments.regular_decode or arguments.num_draft == 0,
-        unverified=arguments.unverified,
+        how=loading_of(arguments),
         lookup=arguments.lookup,
     )
     program = Program(arguments, pair, write)

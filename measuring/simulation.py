@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from architectures import t5
+from architectures.loading import USUAL, Loading
 from checkpoints.config import T5Config
 from checkpoints.converted import CONFIG
 from decoder import generate
@@ -86,12 +87,20 @@ class SimulatedPair:
             prompt to prompt.
     """
 
-    def __init__(self, target: str, draft: str, alpha: float, max_tokens: int):
+    def __init__(
+        self,
+        target: str,
+        draft: str,
+        alpha: float,
+        max_tokens: int,
+        how: Loading = USUAL,
+    ):
         """
         Args:
             target, draft: of :func:`named_config`.
             alpha: the probability with which a draft token is right.
             max_tokens: tokens of every answer.
+            how: the models are made.
 
         Raises:
             InputError: no such config, or the weights do not fit the memory.
@@ -99,11 +108,11 @@ class SimulatedPair:
         configs = named_config(target), named_config(draft)
         vocabulary = min(config.vocab_size for config in configs)
         models = [
-            t5.random(config, name)
+            t5.random(config, name, how)
             for config, name in zip(configs, (target, draft), strict=True)
         ]
-        drafting = t5.session(models[1], vocabulary)
-        self.target = t5.session(models[0], vocabulary)
+        drafting = t5.session(models[1], vocabulary, compiled=how.compiled)
+        self.target = t5.session(models[0], vocabulary, compiled=how.compiled)
         self.untold = ModelDrafter(drafting)
         self.drafter = SimulatedDrafter(self.untold, vocabulary, alpha)
         self.policy = policy_for(self.target, drafting)

@@ -5,7 +5,7 @@ from argparse import Namespace
 from ipaddress import ip_address
 
 from console.arguments import read_batch_size
-from console.choosing import NO_DRAFT
+from console.choosing import NO_DRAFT, add_loading
 from pair import LOOKUP, MOST_ROWS
 from system.errors import InputError, Parser
 
@@ -45,12 +45,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
         action="store_true",
         help="look words up in the prompt and the text before the draft model is asked",
     )
-    add(
-        "--unverified",
-        action="store_true",
-        help="take decoder-only models whose text nobody has compared with "
-        "transformers', too",
-    )
+    add_loading(add)
     add(
         "--host",
         default="127.0.0.1",

@@ -16,7 +16,7 @@ from typing import Any
 
 import uvicorn
 
-from console.choosing import BUNDLED, choose_pair
+from console.choosing import BUNDLED, choose_pair, loading_of
 from pair import Pair
 from serving.app import make_app
 from serving.arguments import NAME, parse_arguments
@@ -153,7 +153,7 @@ def _load(arguments: Namespace) -> tuple[Pair, str]:
         arguments.model,
         arguments.draft_model,
         plain=False,
-        unverified=arguments.unverified,
+        how=loading_of(arguments),
         lookup=arguments.lookup,
     )
     if pair.folder.resolve() == BUNDLED[0]:

@@ -54,8 +54,7 @@ class Chances:
             weights = [weight / total for weight in weights]
             its = [memory.places for memory in self._memories]
             used = max(map(len, its))
-            for places in its:
-                places += places[-1:] * (used - len(places))
+            its = [places + places[-1:] * (used - len(places)) for places in its]
             tokens, chain, found = 1.0, 1.0, [1.0]
             mixed = 0.0
             for place in range(self._most):
@@ -125,6 +124,7 @@ class _Memory:
         self._taken = [0.0] * most
         self._judged = [0.0] * most
         self._used = 0  # places that were ever judged
+        self._places: list[float] | None = None
 
     @property
     def total(self) -> float:
@@ -135,21 +135,26 @@ class _Memory:
     def places(self) -> list[float]:
         """The chance at each place, up to one that was never judged: from there on it
         stays the same."""
+        if self._places is not None:
+            return self._places
         weight, used = self._weight, self._used
         before = sum(self._taken[:used]) + _PRIOR * _FIRMNESS * weight
         before /= sum(self._judged[:used]) + _FIRMNESS * weight
         found = []
         neighbour = _NEIGHBOUR * weight
-        for place in range(used):
-            before = (self._taken[place] + neighbour * before) / (
-                self._judged[place] + neighbour
-            )
-            found.append(min(max(before, _LEAST), 1 - _LEAST))
-        found.append(min(max(before, _LEAST), 1 - _LEAST))
-        return found
+        for taken, judged in zip(self._taken[:used], self._judged, strict=False):
+            before = (taken + neighbour * before) / (judged + neighbour)
+            found.append(before)
+        found.append(before)
+        self._places = [
+            _LEAST if each < _LEAST else 1 - _LEAST if each > 1 - _LEAST else each
+            for each in found
+        ]
+        return self._places
 
     def observe(self, counts: dict[tuple[int, bool], int], tests: int) -> None:
         """Take in how often a token at a place stood or fell."""
+        self._places = None
         self._weight *= self._growth**tests
         for (place, stood), times in counts.items():
             self._judged[place] += self._weight * times
@@ -180,5 +185,6 @@ class _Memory:
         ):
             raise ValueError("these are no counts")
         self._taken, self._judged, self._weight = taken, judged, 1.0
+        self._places = None
         used = [place for place, each in enumerate(judged) if each > 0]
         self._used = used[-1] + 1 if used else 0

@@ -27,6 +27,12 @@ def most_drafted() -> int:
     return 7 if on_metal() else 16
 
 
+def fewest_keys() -> int:
+    """How many keys attention should have at least: Metal's for few queries is for no
+    more of them than there are keys."""
+    return most_drafted() + 1 if on_metal() else 1
+
+
 def compute_early(*arrays: mx.array) -> None:
     """Have a CPU compute these while Python builds what comes next.
 
@@ -37,15 +43,28 @@ def compute_early(*arrays: mx.array) -> None:
         mx.async_eval(*arrays)
 
 
-def prepare() -> mx.Dtype | None:
+def emulates_bfloat16() -> bool:
+    """Whether this GPU has no arithmetic in bfloat16: Apple's M1 and M2 have none."""
+    if not on_metal():
+        return False
+    architecture = str(mx.device_info().get("architecture", ""))
+    return architecture.startswith(("applegpu_g13", "applegpu_g14"))
+
+
+def prepare(dtype: str | None = None, compiled: bool = False) -> mx.Dtype | None:
     """Set the process up for a model, before it is made.
 
+    Args:
+        dtype: what it is to compute in, by MLX's name; None where nobody says.
+        compiled: whether its passes will be compiled.
+
     Returns:
-        What its weights become: float32 on a CPU, where half precision and packed
-        integers are slow; None elsewhere, where they stay what they are.
+        What its weights become: ``dtype``, else float32 on a CPU, where half precision
+        and packed integers are slow, and None elsewhere: they stay what they are.
     """
-    if not on_cpu():
-        return None
-    # MLX would have g++ compile each fused kernel, for seconds, and gain little.
-    mx.disable_compile()
-    return mx.float32
+    if on_cpu():
+        # MLX would have g++ compile each fused kernel, for seconds, and gain little.
+        (mx.enable_compile if compiled else mx.disable_compile)()
+    if dtype:
+        return getattr(mx, dtype)
+    return mx.float32 if on_cpu() else None

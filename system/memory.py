@@ -7,6 +7,7 @@ So what is large is counted before it is begun.
 
 import os
 import resource
+import weakref
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +17,13 @@ import mlx.core as mx
 from system import fast_blas
 from system.device import on_cpu
 from system.errors import InputError, NoRoomError
+
+#: Bytes that a pass takes on its way.
+_PASSING = 1 << 28
+
+#: What is wired of whom, by their ids; and Metal's limit before that was.
+_wired: dict[int, int] = {}
+_limit_before: int | None = None
 
 #: Bytes for which nobody is asked what is left, as that takes a millisecond.
 SMALL = 1 << 24
@@ -93,7 +101,7 @@ def prepare_memory(size: int, folder: Path, smaller: str = CONVERTED) -> None:
     """See to it that weights of ``size`` bytes fit the device, before they are read.
 
     On Metal, weights beyond the recommended working set would be swapped in and out at
-    every token: they are refused, and what fits is kept wired.
+    every token: they are refused. What fits is to be wired (:func:`wire`).
 
     Args:
         smaller: how there could be fewer on a GPU, in words.
@@ -101,8 +109,6 @@ def prepare_memory(size: int, folder: Path, smaller: str = CONVERTED) -> None:
     Raises:
         InputError: they do not fit.
     """
-    if mx.metal.is_available():
-        mx.set_wired_limit(total())
     library = fast_blas.bytes_to_map()
     if not fits(size + library):
         advice = "take a smaller model"
@@ -116,6 +122,40 @@ def prepare_memory(size: int, folder: Path, smaller: str = CONVERTED) -> None:
             f"for them: {advice}"
         )
     fast_blas.map_kernels()
+
+
+def wire(owner: object, size: int) -> None:
+    """Have Metal keep ``size`` bytes of an owner's in memory, as long as it lives: its
+    weights, or its caches.
+
+    What is not wired may be swapped out between two tokens where others need memory. No
+    more than is needed is: wiring all that Metal allows has frozen small Macs. Once
+    there are no owners any more, the limit is what it was.
+    """
+    if not mx.metal.is_available():
+        return
+    if id(owner) not in _wired:
+        weakref.finalize(owner, _unwire, id(owner))
+    _wired[id(owner)] = size
+    _set_limit()
+
+
+def _unwire(owner: int) -> None:
+    del _wired[owner]
+    _set_limit()
+
+
+def _set_limit() -> None:
+    global _limit_before
+    needed = sum(_wired.values())
+    if needed:
+        # What a pass computes with, beside weights and caches.
+        needed = min(needed + _PASSING, total())
+        before = mx.set_wired_limit(needed)
+        _limit_before = before if _limit_before is None else _limit_before
+    elif _limit_before is not None:
+        mx.set_wired_limit(_limit_before)
+        _limit_before = None
 
 
 def _machine(proc: Path) -> Iterator[int]:

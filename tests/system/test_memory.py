@@ -1,5 +1,6 @@
 """memory.py: what is left, and what a prompt takes of it."""
 
+import gc
 import resource
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from conftest import HANG
 import main
 from architectures import t5
 from architectures.t5_session import T5Session
+from pair import Pair
 from system import memory
 from system.errors import TooLongError
 
@@ -122,3 +124,64 @@ def test_a_prompt_beyond_the_limits():
     assert done.returncode == 2, done.stderr
     assert len(done.stdout.splitlines()) == 2
     assert "main.py: line 2: the prompt has 9,150 tokens" in done.stderr
+
+
+class Metal:
+    """What Metal is told of the bytes to keep in memory."""
+
+    def __init__(self, monkeypatch, most: int):
+        self.limit, self.told = 7, []
+        monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+        info = {"max_recommended_working_set_size": most}
+        monkeypatch.setattr(mx, "device_info", lambda: info)
+        monkeypatch.setattr(mx, "set_wired_limit", self._set)
+
+    def _set(self, limit: int) -> int:
+        before, self.limit = self.limit, limit
+        self.told.append(limit)
+        return before
+
+
+class Owner:
+    """Something that has weights."""
+
+
+def test_what_is_wired(monkeypatch):
+    """As much as is needed and no more than may be, as long as somebody needs it."""
+    owners = Owner(), Owner()
+    memory.wire(owners[0], 10)  # no Metal: nothing
+    metal = Metal(monkeypatch, most=memory._PASSING + 120)
+    memory.wire(owners[0], 10)
+    assert metal.limit == memory._PASSING + 10
+    memory.wire(owners[1], 70)
+    memory.wire(owners[0], 30)
+    assert metal.limit == memory._PASSING + 100
+    memory.wire(owners[0], 10**9)
+    assert metal.limit == memory._PASSING + 120
+    del owners
+    gc.collect()
+    assert metal.limit == 7
+    owner = Owner()
+    memory.wire(owner, 5)
+    assert metal.limit == memory._PASSING + 5
+    del owner
+    gc.collect()
+    assert metal.limit == 7
+
+
+def test_weights_and_caches_are_wired(make, monkeypatch):
+    """What all of it takes, and not what there is; before a text begins, and not after
+    the pair is gone."""
+    folder = make()[2]
+    weights = sum(each.nbytes for each in mx.load(str(folder / "weights.npz")).values())
+    metal = Metal(monkeypatch, most=1 << 40)
+    pair = Pair.load(str(folder), str(folder))
+    assert metal.limit == memory._PASSING + 2 * weights
+    answer = pair.generate("the cat", max_tokens=20)
+    answer.finish()
+    caches = max(metal.told) - memory._PASSING - 2 * weights
+    prompt = len(pair.tokenizer.encode("the cat"))
+    assert caches == 2 * pair.target.batch_bytes(1, prompt, 20)
+    del pair, answer
+    gc.collect()
+    assert metal.limit == 7
