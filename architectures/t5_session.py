@@ -107,7 +107,7 @@ class T5Session:
         self.parameters = parameter_count(model)
         self._bias_of: dict[int, list[mx.array]] = {}  # by capacity
         self._logits = _Logits(model, self.vocabulary, banned)
-        # It knows nothing of this session: what it holds is held for good.
+        # It knows nothing of this session, which would have to wait for a collection.
         self._compiled = mx.compile(_Traced(self._logits)) if compiled else None
         self.forget()
 
