@@ -78,7 +78,7 @@ def shapes_of(make, monkeypatch, policy, batch, noise, step):
     return target.shapes, draft.shapes
 
 
-@pytest.mark.parametrize("batch, noise", [(1, 0.2), (4, 0.02)])
+@pytest.mark.parametrize("batch, noise", [(1, 0.05), (4, 0.2)])
 def test_shapes_of_a_number(make, monkeypatch, batch, noise):
     """A pass as long as what stood of the draft, a room for each length: a new graph
     every round."""
@@ -89,7 +89,7 @@ def test_shapes_of_a_number(make, monkeypatch, batch, noise):
     assert_few(target | draft, batch)
 
 
-@pytest.mark.parametrize("batch, noise, step", [(1, 0.02, 0.1), (4, 0.2, 0.4)])
+@pytest.mark.parametrize("batch, noise, step", [(1, 0.05, 0.1), (4, 0.2, 0.4)])
 def test_shapes_of_auto(make, monkeypatch, batch, noise, step):
     """The same; and as many lengths of a draft as there are numbers."""
     target, draft = shapes_of(make, monkeypatch, Auto(), batch, noise, step)
