@@ -206,7 +206,7 @@ def test_growth_waits_for_the_biases(pair, monkeypatch):
         more = sum(old < new for old, new in zip(before, after, strict=True))
         assert done == {"numpy.array": 1} | ({"mlx.core.eval": more} if more else {})
         grown += more
-    assert grown >= 4
+    assert grown >= 2
 
 
 @pytest.mark.parametrize("batch", [1, 4])
