@@ -14,12 +14,12 @@ from counting import (
     NEVER,
     PROMPTS,
     Graph,
+    begin,
     cpu,
     load,
     sequences,
     unevaluated,
 )
-from counting import begin as begin_target
 
 import decoder
 from decoder import Engine
@@ -95,12 +95,12 @@ def rows(batch, sampling=None):
 
 
 def plain(session, batch):
-    begin_target(session, batch)
+    begin(session, batch)
     return launch(session, RoundSampler(rows(batch)), None).report
 
 
 def verifying(session, batch):
-    begin_target(session, batch)
+    begin(session, batch)
     draft = Draft(mx.array([[*range(30, 30 + K)]] * batch, mx.int32))
     return launch(session, RoundSampler(rows(batch), K), draft).report
 

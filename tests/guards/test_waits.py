@@ -130,7 +130,7 @@ def pair(make, monkeypatch):
 
 
 def engine_of(pair, form, way, batch, capacity=64, policy=None, rows=None):
-    """An engine with a batch of texts, and what the first step takes behind it."""
+    """An engine with a batch of texts, none of them begun."""
     drafts, num_draft, sampling = WAYS[way]
     target, draft = pair(form, capacity)
     model = ModelDrafter(draft) if drafts in ("model", "both") else None
