@@ -437,6 +437,7 @@ class Step:
         ]
         self.source = source
         self._at = places.at
+        self._wide: mx.array | None = None
 
     def write(self, cache: mx.array, new: mx.array) -> mx.array:
         """``cache`` (B, H, C, D) with ``new`` (B, H, T, D) in its place.
@@ -446,4 +447,6 @@ class Step:
         """
         if self._at.ndim == 1:
             return mx.slice_update(cache, new, self._at, axes=(2,))
-        return mx.put_along_axis(cache, mx.broadcast_to(self._at, new.shape), new, 2)
+        if self._wide is None:  # every layer's shape
+            self._wide = mx.broadcast_to(self._at, new.shape)
+        return mx.put_along_axis(cache, self._wide, new, 2)

@@ -14,6 +14,7 @@ import numpy as np
 from speculation.acceptance import (
     Draft,
     Verdict,
+    is_finite,
     verify,
     verify_block,
     verify_chosen,
@@ -418,7 +419,7 @@ class _Group:
             weights = sampling.log_weights(logits)
             positions = range(size + 1)
             chosen = [self.choose(weights[:, place], place) for place in positions]
-            finite = mx.isfinite(weights.max(axis=-1))
+            finite = is_finite(weights.max(axis=-1))
             return verify_chosen(mx.stack(chosen, axis=1), tokens, counts, finite)
         allowed = None
         if delta == 1 and size:  # below 1 a probability of 0 is enough to reject

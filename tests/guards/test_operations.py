@@ -33,53 +33,57 @@ from speculation.sampling import Sampling
 #: Draft tokens of a round.
 K = 4
 
+#: The MLX that was counted with; in another one an operation may be made of others, and
+#: this share more is none of ours.
+COUNTED, OTHERS = "0.32.4", 0.1
+
 #: Operations of a pass as (those of a decoder layer, all others), by layout and form:
 #: of one text, and of a batch of four at different lengths.
 CEILINGS = {
     ("t5 1.0", "gpu"): {
-        "plain": ((25, 40), (27, 40)),
-        "verifying": ((29, 50), (31, 50)),
-        "catching up": ((29, 26), (31, 26)),
-        "drafting": ((25, 20), (27, 20)),
+        "plain": ((25, 34), (25, 35)),
+        "verifying": ((29, 45), (29, 46)),
+        "catching up": ((29, 26), (29, 27)),
+        "drafting": ((25, 20), (25, 21)),
     },
     ("t5 1.0", "cpu"): {
-        "plain": ((62, 50), (65, 50)),
-        "verifying": ((66, 60), (69, 60)),
-        "catching up": ((66, 36), (69, 36)),
-        "drafting": ((62, 30), (65, 30)),
+        "plain": ((62, 44), (63, 45)),
+        "verifying": ((66, 55), (67, 56)),
+        "catching up": ((66, 36), (67, 37)),
+        "drafting": ((62, 30), (63, 31)),
     },
     ("t5 1.0", "slim"): {
-        "plain": ((38, 49), (44, 49)),
-        "verifying": ((45, 59), (48, 59)),
-        "catching up": ((45, 35), (48, 35)),
-        "drafting": ((38, 29), (44, 29)),
+        "plain": ((38, 43), (42, 44)),
+        "verifying": ((45, 54), (46, 55)),
+        "catching up": ((45, 35), (46, 36)),
+        "drafting": ((38, 29), (42, 30)),
     },
     ("t5 1.1", "gpu"): {
-        "plain": ((27, 38), (29, 38)),
-        "verifying": ((31, 48), (33, 48)),
-        "catching up": ((31, 24), (33, 24)),
-        "drafting": ((27, 18), (29, 18)),
+        "plain": ((27, 32), (27, 33)),
+        "verifying": ((31, 43), (31, 44)),
+        "catching up": ((31, 24), (31, 25)),
+        "drafting": ((27, 18), (27, 19)),
     },
     ("t5 1.1", "cpu"): {
-        "plain": ((75, 48), (78, 48)),
-        "verifying": ((79, 58), (82, 58)),
-        "catching up": ((79, 34), (82, 34)),
-        "drafting": ((75, 28), (78, 28)),
+        "plain": ((75, 42), (76, 43)),
+        "verifying": ((79, 53), (80, 54)),
+        "catching up": ((79, 34), (80, 35)),
+        "drafting": ((75, 28), (76, 29)),
     },
     ("t5 1.1", "slim"): {
-        "plain": ((51, 47), (57, 47)),
-        "verifying": ((58, 57), (61, 57)),
-        "catching up": ((58, 33), (61, 33)),
-        "drafting": ((51, 27), (57, 27)),
+        "plain": ((51, 41), (55, 42)),
+        "verifying": ((58, 52), (59, 53)),
+        "catching up": ((58, 33), (59, 34)),
+        "drafting": ((51, 27), (55, 28)),
     },
 }
 
 #: Operations of choosing a draft's token, of a plain round's verdict, and of that on K
 #: draft tokens.
 CHOOSING = {
-    "greedy": (4, 19, 26),
-    "residual": (22, 36, 169),
-    "shared": (38, 54, 92),
+    "greedy": (4, 13, 21),
+    "residual": (22, 30, 164),
+    "shared": (38, 48, 87),
 }
 
 
@@ -131,6 +135,9 @@ def counted(folder, form, batch, kind):
 
 def check(what, now, ceiling):
     """Fail with what grew, or with what there is to lower."""
+    if mx.__version__ != COUNTED:
+        assert now <= (1 + OTHERS) * ceiling, f"{what}: {now} operations, not {ceiling}"
+        return
     assert now <= ceiling, f"{what}: {now} operations now, {ceiling} before"
     assert now == ceiling, f"{what}: {now} operations now: lower the ceiling {ceiling}"
 
