@@ -3,6 +3,8 @@
 # make serve  set up, and answer over HTTP with the default models (ARGS goes to
 #             serve.py)
 # make test   set up, and run the tests (ARGS="-k ..." goes to pytest)
+# make check  set up, and find out whether it is exact and how fast on this machine: a
+#             report to send (ARGS=--quick: within 4 minutes, not 10)
 # make bench  set up, and measure the default models (ARGS goes to benchmark.py)
 # make lint   set up, and check format, style, and that imports point down
 
@@ -13,7 +15,7 @@ SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.14 python3.11 \
   python3.10; do $$python -c '$(SUPPORTED)' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: run serve test bench lint clean
+.PHONY: run serve test check bench lint clean
 
 run: $(VENV)/run
 ifdef ARGS
@@ -27,6 +29,9 @@ serve: $(VENV)/serve
 
 test: $(VENV)/dev
 	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/run
+	@$(BIN)/python check.py $(ARGS)
 
 bench: $(VENV)/dev
 	@$(BIN)/python benchmark.py $(ARGS)

@@ -121,6 +121,7 @@ def calibrate(
     batch_size: int,
     max_tokens: int,
     most: int,
+    seconds: float | None = None,
 ) -> Curve:
     """Time rounds of so many rows with 0 to ``most`` draft tokens.
 
@@ -129,10 +130,13 @@ def calibrate(
     Args:
         drafter: the draft model; None for none.
         prompts: token ids; texts go on from them, past any end, to ``max_tokens``.
+        seconds: of all sweeps, unless the fewest take longer; by default
+            :data:`SECONDS`.
 
     Raises:
         InputError: there is no room for such rounds.
     """
+    seconds = SECONDS if seconds is None else seconds
     texts = _Texts(target, drafter, prompts, batch_size, max_tokens, most)
     # Every cost is over the plain ones.
     kinds = [
@@ -147,7 +151,7 @@ def calibrate(
     unit = "sweep" if batch_size == 1 else f"sweep of batch {batch_size}"
     bar = tqdm(unit=unit, disable=None)
     try:
-        while len(sweeps) < FEWEST_SWEEPS or _elapsed(began) + longest < SECONDS:
+        while len(sweeps) < FEWEST_SWEEPS or _elapsed(began) + longest < seconds:
             started, sweep = time.perf_counter(), {kind: [] for kind in kinds}
             for place in rng.permutation(len(kinds)):
                 block = time.perf_counter()

@@ -1,5 +1,6 @@
 """Seconds: of whole answers, every way in turn, and of a round's steps."""
 
+import math
 import statistics
 import time
 from dataclasses import dataclass, replace
@@ -43,19 +44,28 @@ class Cost:
 
 
 def measure(
-    variants: list[Variant], prompts: list[str], repeats: int
+    variants: list[Variant],
+    prompts: list[str],
+    repeats: int,
+    seconds: float = math.inf,
 ) -> list[list[Answer]]:
     """Every variant's answer to every prompt, with the median seconds of its repeats.
 
     The first prompt is answered once more beforehand, to warm up. After Ctrl-C, the
     answers to the prompts that every variant has answered by then, if there are any.
+
+    Args:
+        seconds: after which no other prompt is begun, but the first.
     """
+    until = time.perf_counter() + seconds
     for variant in variants:
         variant.answer(prompts[0], 0)
     answers: list[list[Answer]] = [[] for _ in variants]
     rng = np.random.default_rng(0)
     threads = variants[-1].threads  # which the warm-up ended with
     for number, prompt in enumerate(tqdm(prompts, unit="prompt", disable=None)):
+        if number and time.perf_counter() > until:
+            break
         runs: list[list[Answer]] = [[] for _ in variants]
         try:
             for _ in range(repeats):

@@ -32,6 +32,7 @@ MAY = {
     "convert": {"architectures", "checkpoints", "model", "system", "text"},
     "main": {"console", "system"},
     "serve": {"serving", "system"},
+    "check": {"checking", "system"},
     "benchmark": {"console", "decoder", "measuring", "speculation", "system"},
 }
 
