@@ -62,7 +62,7 @@ def _exactness(part: dict[str, Any]) -> Iterator[Finding]:
             )
         elif each["unexplained"]:
             yield Finding(
-                f"{each['name']}: {each['unexplained']} texts differ from plain "
+                f"{each['name']}: of the texts {each['unexplained']} differ from plain "
                 "decoding's where rounding does not explain it",
                 _SEND,
             )
@@ -80,7 +80,8 @@ def _suite(part: dict[str, Any]) -> Iterator[Finding]:
     if failed:
         names = ", ".join(list(failed)[:5]) + (", ..." if len(failed) > 5 else "")
         yield Finding(
-            f"{len(failed)} tests failed: {names}", f"{_SEND}; the reasons are below"
+            f"of the tests {len(failed)} failed: {names}",
+            f"{_SEND}; the reasons are below",
         )
     if part.get("said"):
         yield Finding("the test suite did not run: its last lines are below", _SEND)
@@ -191,7 +192,10 @@ def _shapes(part: dict[str, Any]) -> Iterator[Finding]:
     for pair in part.get("pairs", ()):
         name = f"{pair['target']} with {pair['draft']}"
         if "left_out" in pair:
-            yield Finding(f"{name} was left out: {pair['left_out']}", "nothing")
+            yield Finding(
+                f"{name} was left out: {pair['left_out']}",
+                "a larger or a faster machine would have it",
+            )
         yield from _speed(pair, name)
 
 

@@ -17,8 +17,8 @@ TIMES, BYTES = 1.5, 250_000_000
 
 
 def now() -> dict[str, int]:
-    """Bytes that were allocated by MLX at most since the last :func:`entry`, and resident
-    at most in this process's life."""
+    """Bytes: by MLX at most since the last :func:`entry`, and resident at most in this
+    process's life."""
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
         "peak": mx.get_peak_memory(),

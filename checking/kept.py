@@ -59,21 +59,20 @@ def read(folder: Path, fresh: bool) -> dict[str, Any] | None:
     if not is_file(path):
         _require_nothing(path)
         return None
-    ours = _begins(path, _OURS)
-    if fresh and ours:
-        return None
+    ours, fault = _begins(path, _OURS), None
     try:
         report = read_json(path)
-        if report.get("program") == PROGRAM:
-            typed(report, _Report, str(path))
-            return report
+        ours = ours or report.get("program") == PROGRAM
+        typed(report, _Report, str(path))
     except InputError as error:
-        if ours:
-            raise InputError(
-                f"{path} is damaged ({error}): move it away, or begin anew with --fresh"
-            ) from None
-        raise InputError(f"{error}: move it away, it stays as it is") from None
-    raise InputError(f"{path} is no check report: move it away, it stays as it is")
+        fault = error
+    if not ours:
+        raise InputError(f"{path} is no check report: move it away, it stays as it is")
+    if fault and not fresh:
+        raise InputError(
+            f"{path} is damaged ({fault}): move it away, or begin anew with --fresh"
+        )
+    return None if fresh else report
 
 
 def _require_nothing(path: Path) -> None:

@@ -22,7 +22,7 @@ SIZES = (0, *range(1, 8), AUTO)
 _PROMPTS = 300
 #: Seconds that are left for the last prompt and the bootstrap; the share of the time
 #: for another program, importing it included.
-_SPARE, _THEIRS = 3.0, 0.35
+_SPARE, _THEIRS = 5.0, 0.35
 
 
 def section(task: Task) -> Iterator[dict[str, Any]]:
