@@ -1,6 +1,11 @@
-"""Results of sections, as a machine without anything unexpected has them."""
+"""Results of sections, as a machine without anything unexpected has them, and stand-ins
+that come to them at once."""
 
+import json
+import sys
+import textwrap
 from copy import deepcopy
+from pathlib import Path
 
 
 def row(size, speedup, name=None):
@@ -156,3 +161,33 @@ def report():
         "written": "2026-01-02 03:04 UTC",
         "sections": sections,
     }
+
+
+#: What a stand-in does first: it says that it was begun, and with what task.
+BEGIN = """\
+import json, os, sys, time
+task = json.load(sys.stdin)
+with open({began!r}, "a") as file:
+    file.write(json.dumps([{name!r}, task]) + "\\n")
+"""
+
+
+class Sections:
+    """Stand-ins for the sections, each a few lines of Python."""
+
+    def __init__(self, folder: Path):
+        self.began = folder / "began"
+        self.scripts = {
+            name: f"print(json.dumps({result!r}))" for name, result in results().items()
+        }
+
+    def command(self, name):
+        head = BEGIN.format(began=str(self.began), name=name)
+        script = head + textwrap.dedent(self.scripts[name])
+        return [sys.executable, "-S", "-c", script]
+
+    def tasks(self):
+        """Of all that were begun since it was asked last, by name."""
+        lines = self.began.read_text().splitlines() if self.began.exists() else []
+        self.began.unlink(missing_ok=True)
+        return dict(map(json.loads, lines))

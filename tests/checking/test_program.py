@@ -5,12 +5,11 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from pathlib import Path
 
 import pytest
-from canned import results
+from canned import Sections, results
 from conftest import HANG
 
 import check
@@ -21,40 +20,12 @@ from system.errors import InputError
 
 PROJECT = Path(check.__file__).parent
 
-#: What a stand-in does first: it says that it was begun, and with what task.
-BEGIN = """\
-import json, os, sys, time
-task = json.load(sys.stdin)
-with open({began!r}, "a") as file:
-    file.write(json.dumps([{name!r}, task]) + "\\n")
-"""
-
-
-class Sections:
-    """Stand-ins for the sections, each a few lines of Python."""
-
-    def __init__(self, folder: Path):
-        self.began = folder / "began"
-        self.scripts = {
-            name: f"print(json.dumps({result!r}))" for name, result in results().items()
-        }
-
-    def command(self, name):
-        head = BEGIN.format(began=str(self.began), name=name)
-        script = head + textwrap.dedent(self.scripts[name])
-        return [sys.executable, "-S", "-c", script]
-
-    def tasks(self):
-        """Of all that were begun since it was asked last, by name."""
-        lines = self.began.read_text().splitlines() if self.began.exists() else []
-        self.began.unlink(missing_ok=True)
-        return dict(map(json.loads, lines))
-
 
 @pytest.fixture
 def sections(tmp_path, monkeypatch):
     stand_ins = Sections(tmp_path)
     monkeypatch.setattr(children, "command_of", stand_ins.command)
+    monkeypatch.setattr(kept, "code", lambda: "some code")
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
@@ -318,7 +289,7 @@ import check
 from pathlib import Path
 from checking import children
 from system.errors import run
-from test_program import Sections
+from canned import Sections
 stand_ins = Sections(Path({folder!r}))
 stand_ins.scripts |= {scripts!r}
 children.command_of = stand_ins.command
