@@ -329,7 +329,8 @@ def small(monkeypatch):
     monkeypatch.setitem(SIZES, "large", (32, 8, 64, 4, 2))
     monkeypatch.setitem(SIZES, "small", (16, 8, 32, 2, 1))
     monkeypatch.setattr(shapes, "PAIRS", (("large", "small"),) * 2)
-    monkeypatch.setattr(shapes, "TOKENS", (16,))
+    monkeypatch.setattr(shapes, "TOKENS", (9,))
+    monkeypatch.setattr(shapes, "FEWEST", 2)
 
 
 def test_the_section_of_shapes(small):
@@ -337,7 +338,7 @@ def test_the_section_of_shapes(small):
     assert [len(each["pairs"]) for each in results] == [1, 2]
     first = results[-1]["pairs"][0]
     assert [row["num_draft"] for row in first["rows"]] == [0, 3, 5, 7, "auto"]
-    assert first["tokens"] == 16 and first["prompts"] == 6
+    assert first["tokens"] == 9 and first["prompts"] == 2
     # The embedding alone is 32128 rows, in float32.
     assert 4 * 32128 * 48 < first["bytes"] < 4 * 32128 * 48 + 400_000
 

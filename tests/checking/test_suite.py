@@ -51,6 +51,8 @@ FAILED = ["test_bad", "test_ends_badly", "test_begins_badly"]
 def folder(tmp_path, monkeypatch):
     """Some tests; what was run is in its ``log``."""
     monkeypatch.setattr(suite, "_OFTEN", 0.0)
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # they take a second
+    monkeypatch.setenv("PYTEST_PLUGINS", "xdist.plugin")
     here = tmp_path / "here"
     here.mkdir()
     (here / "pytest.ini").write_text("[pytest]\naddopts = -q\n")
@@ -68,16 +70,26 @@ def run(folder, before=None, seconds=900.0, count=2):
     return last, sorted(log.read_text().splitlines())
 
 
+CRASHES = "\ndef test_crashes():\n    os.kill(os.getpid(), signal.SIGABRT)\n"
+
+
 @pytest.mark.parametrize("count", [0, 2])
 def test_outcomes(folder, count):
-    """By id, without workers and with; each test was run once."""
+    """By id, without workers and with; each test was run once. A worker that crashes is
+    a test that failed."""
+    crashes = ["test_crashes"] if count else []
+    if count:
+        with (folder / "test_it.py").open("a") as file:
+            file.write(CRASHES)
     last, ran = run(folder, count=count)
-    assert last["complete"] and last["tests"] == 7
+    assert last["complete"] and last["tests"] == 7 + len(crashes)
     assert sorted(last["passed"]) == GOOD
     assert last["skipped"] == ["test_it.py::test_skipped"]
-    assert sorted(last["failed"]) == sorted(f"test_it.py::{n}" for n in FAILED)
+    names = sorted(f"test_it.py::{name}" for name in FAILED + crashes)
+    assert sorted(last["failed"]) == names
     assert "one is not two" in last["failed"]["test_it.py::test_bad"]
     assert "it broke" in last["failed"]["test_it.py::test_ends_badly"]
+    assert not count or "crashed" in last["failed"]["test_it.py::test_crashes"]
     assert ran == ["bad", "ends badly", "good 1", "good 2", "good 3"]
     assert "said" not in last
 
@@ -114,15 +126,6 @@ def test_where_the_time_is_over_it_is_ended(folder):
     assert not found["complete"] and found["tests"] == 8
     assert sorted(found["passed"]) == GOOD and len(found["failed"]) == 3
     assert not any("hangs" in name for name in found["passed"])
-
-
-def test_a_worker_that_crashes_is_a_failed_test(folder):
-    text = (folder / "test_it.py").read_text()
-    text += "\ndef test_that_crashes():\n    os.kill(os.getpid(), signal.SIGABRT)\n"
-    (folder / "test_it.py").write_text(text)
-    last, _ = run(folder, count=1)
-    assert "crashed" in last["failed"]["test_it.py::test_that_crashes"]
-    assert sorted(last["passed"]) == GOOD
 
 
 def test_where_it_does_not_even_begin_it_says_why(folder):
