@@ -56,7 +56,8 @@ def section(task: Task) -> Iterator[dict[str, Any]]:
 
 
 def steps(passes: Sequence[float]) -> list[dict[str, Any]]:
-    """Where one row more in a pass costs much more than most rows do.
+    """Where one row more in a pass costs much more than most rows do, and all further
+    ones do as well: one that alone was slow was slow by accident.
 
     Args:
         passes: the cost of one over 1, 2, 3, ... rows, in those over one.
@@ -70,7 +71,7 @@ def steps(passes: Sequence[float]) -> list[dict[str, Any]]:
     return [
         {"rows": rows, "more": each}
         for rows, each in enumerate(more, 1)
-        if each >= _STEP and each >= _TIMES * usual
+        if each >= _TIMES * usual and min(passes[rows:]) - max(passes[:rows]) >= _STEP
     ]
 
 

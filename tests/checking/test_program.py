@@ -287,12 +287,13 @@ import sys
 sys.path[:0] = {path!r}
 import check
 from pathlib import Path
-from checking import children
+from checking import children, kept
 from system.errors import run
 from canned import Sections
 stand_ins = Sections(Path({folder!r}))
 stand_ins.scripts |= {scripts!r}
 children.command_of = stand_ins.command
+kept.code = lambda: "some code"
 sys.argv = ["check.py", "--quick"]
 sys.exit(run(check.main, "check.py"))
 """
