@@ -373,8 +373,7 @@ def test_what_sections_leave_in_temporary_folders_is_gone(run, sections, tmp_pat
 
 
 def test_a_section_by_itself(tmp_path):
-    """As check.py starts it: a real one, whose last line on stdout is its result, and
-    whatever libraries print is none."""
+    """As check.py starts it: a real one."""
     done = subprocess.run(
         children.command_of("machine"),
         input=json.dumps({"quick": True, "seconds": 60.0, "before": None}),
@@ -387,6 +386,34 @@ def test_a_section_by_itself(tmp_path):
     result = json.loads(line)
     assert result["identity"] and result["cores"] == os.cpu_count()
     assert result["footprint"]["resident"] > 10_000_000
+
+
+#: A section that prints as libraries do, and has a result in two steps.
+NOISY = """\
+import sys
+sys.path.insert(0, {project!r})
+from checking import child, machine
+
+def section(task):
+    print("noise", task.seconds)
+    yield {{"step": 1}}
+    yield {{"step": 2}}
+
+machine.section = section
+child.main("machine")
+"""
+
+
+def test_whatever_libraries_print_is_no_result():
+    done = subprocess.run(
+        [sys.executable, "-c", NOISY.format(project=str(PROJECT))],
+        input=json.dumps({"quick": True, "seconds": 60.0}),
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr == "noise 60.0\n"
+    steps = [json.loads(line)["step"] for line in done.stdout.splitlines()]
+    assert steps == [1, 2]
 
 
 def test_there_is_no_other_section(call):
