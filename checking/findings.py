@@ -66,6 +66,12 @@ def _exactness(part: dict[str, Any]) -> Iterator[Finding]:
                 "decoding's where rounding does not explain it",
                 _SEND,
             )
+        if each["name"] == "float32" and each["texts"] < part["wanted"]:
+            yield Finding(
+                f"exactness ran out of time: float32 had {each['texts']} of "
+                f"{part['wanted']} sentences",
+                "close other programs, and run it again with --fresh",
+            )
         if (each["rounding"] or 0) > ROUNDINGS:
             yield Finding(
                 f"{each['name']}: logits of a pass over several tokens are "

@@ -155,7 +155,11 @@ def _suite_in_words(part: dict[str, Any] | None) -> str:
     left = _unreached(part)
     if left is None:
         return f"{text}, it is not known of how many"
-    return text + (f", {left} were not reached in time" if left else "")
+    if not left:
+        return text
+    return (
+        f"{text}, {left} were not reached in time: the same command goes on with them"
+    )
 
 
 def _unreached(part: dict[str, Any]) -> int | None:

@@ -91,6 +91,11 @@ def test_the_whole_of_it():
             "please report it",
         ),
         (
+            in_variant(0, texts=199),
+            "exactness ran out of time: float32 had 199 of 200 sentences",
+            "close other programs",
+        ),
+        (
             in_variant(2, rounding=51.0),
             "float16: logits of a pass over several tokens are 51 roundings from",
             "please report it",
@@ -222,6 +227,7 @@ def test_what_is_unexpected(value, what, todo):
         changed("speed", auto_over_plain=[0.95, 0.9, 0.98]),
         in_variant(1, differ={"K = 4": 2, "auto": 0}, ties=2),
         in_variant(1, rounding=None),
+        in_variant(1, texts=50),
         in_variant(1, peak=300_000_000),
     ],
 )
@@ -274,7 +280,8 @@ def test_without_the_tests_requirements():
 
 def test_tests_that_were_not_reached():
     value = changed("suite", complete=False, tests=10)
-    assert "1 skipped, 7 were not reached in time" in "".join(summary(value))
+    words = "1 skipped, 7 were not reached in time: the same command goes on with them"
+    assert words in "".join(summary(value))
     assert "not known of how many" in "".join(summary(changed("suite", tests=None)))
 
 
