@@ -125,7 +125,7 @@ def _theirs_in_words(part: dict[str, Any] | None) -> str:
         return "transformers: torch is not installed"
     theirs = part["theirs"]
     if not theirs:
-        return "transformers: not measured"
+        return f"transformers: {part.get('failed') or 'there was no time'}"
     return (
         f"{theirs['name']}: {interval(theirs)} times the speed of plain decoding here"
     )
@@ -154,7 +154,7 @@ def _suite_in_words(part: dict[str, Any] | None) -> str:
     text = "tests: {} passed, {} failed, {} skipped".format(*counts)
     left = _unreached(part)
     if left is None:
-        return f"{text}, it is not known of how many"
+        return "tests: none was reached in time: the same command begins with them"
     if not left:
         return text
     return (
@@ -335,8 +335,8 @@ def _speed(part: dict[str, Any]) -> Iterator[str]:
         yield f"Beside plain decoding, {theirs['prompts']} sentences:"
         yield ""
         yield from _speeds([theirs])
-    elif not part["torch"]:
-        yield "transformers: torch is not installed."
+    else:
+        yield f"{_theirs_in_words(part)}."
         yield ""
 
 

@@ -17,12 +17,13 @@ from measuring.prompts import read_prompts
 from measuring.timing import measure
 from measuring.variants import AUTO, Answer, Cell, Variant, ours, theirs
 from pair import Pair
+from system.errors import one_line
 
 SIZES = (0, *range(1, 8), AUTO)
 _PROMPTS = 300
 #: Seconds that are left for the last prompt and the bootstrap; the share of the time
-#: for another program, importing it included.
-_SPARE, _THEIRS = 5.0, 0.35
+#: for another program; and its answers to the one prompt that has to be answered.
+_SPARE, _THEIRS, _ANSWERS = 5.0, 0.3, 5
 
 
 def section(task: Task) -> Iterator[dict[str, Any]]:
@@ -32,21 +33,30 @@ def section(task: Task) -> Iterator[dict[str, Any]]:
     size = footprint.weights(pair.target, pair.drafter.session)
     variants = [ours(pair, Cell(each), MAX_TOKENS) for each in SIZES]
     installed = all(map(find_spec, ("torch", "transformers")))
-    share = (1 - _THEIRS if installed else 1) * (task.left - _SPARE)
-    answers = measure(variants, prompts, 1, share)
+    other, failed = None, None
+    if installed:
+        try:  # whatever is wrong with another program, ours is measured
+            other = theirs(pair, transformers_generate(pair, MAX_TOKENS))
+            other.answer(prompts[0], 0)
+            seconds = other.answer(prompts[0], 0).seconds
+        except Exception as error:
+            other, failed = None, one_line(f"{type(error).__name__}: {error}")
+    left = task.left - _SPARE
+    answers = measure(variants, prompts, 1, (1 - _THEIRS if other else 1) * left)
     result = {
         "prompts": len(answers[0]),
         "rows": rows(variants, answers),
         **compared(SIZES, answers),
         **footprint.entry("bundled pair", size),
         "torch": installed,
+        "failed": failed,
         "theirs": None,
     }
     yield result
-    if installed:
-        other = theirs(pair, transformers_generate(pair, MAX_TOKENS))
+    if other and task.left - _SPARE > _ANSWERS * seconds:
         both = [variants[0], other]
-        answers = measure(both, prompts, 1, max(0.0, task.left - _SPARE))
+        left = task.left - _SPARE
+        answers = measure(both, prompts, 1, left - 2 * _ANSWERS * seconds)
         yield result | {
             "theirs": {"prompts": len(answers[0]), **rows(both, answers)[1]}
         }

@@ -270,6 +270,13 @@ def test_without_torch():
     assert "\ntransformers: torch is not installed.\n" in markdown(value)
 
 
+@pytest.mark.parametrize("why", [None, "RuntimeError: no such device"])
+def test_without_transformers_figures(why):
+    value = changed("speed", theirs=None, failed=why)
+    assert f"- transformers: {why or 'there was no time'}" in summary(value)
+    assert f"\ntransformers: {why or 'there was no time'}.\n" in markdown(value)
+
+
 def test_without_the_tests_requirements():
     value = report()
     suite = {"installed": False, "missing": ["pytest", "torch"]}
@@ -282,7 +289,8 @@ def test_tests_that_were_not_reached():
     value = changed("suite", complete=False, tests=10)
     words = "1 skipped, 7 were not reached in time: the same command goes on with them"
     assert words in "".join(summary(value))
-    assert "not known of how many" in "".join(summary(changed("suite", tests=None)))
+    none = changed("suite", complete=False, tests=None)
+    assert "tests: none was reached in time" in "".join(summary(none))
 
 
 def test_failed_tests_are_named_with_their_reasons():

@@ -292,6 +292,22 @@ def test_the_section_of_speed(bundled, monkeypatch, installed):
         assert last["theirs"]["equal"] == last["theirs"]["prompts"]
 
 
+def test_another_programs_fault_costs_its_line(bundled, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no such\ndevice")
+
+    monkeypatch.setattr(speed, "transformers_generate", broken)
+    (found,) = speed.section(task(60.0))
+    assert found["failed"] == "RuntimeError: no such device"
+    assert found["theirs"] is None and len(found["rows"]) == 3
+
+
+def test_another_program_is_not_begun_without_time(bundled, monkeypatch):
+    (found,) = speed.section(task(0.0))
+    assert found["torch"] and found["theirs"] is None and found["failed"] is None
+    assert found["prompts"] == 1
+
+
 def test_measuring_ends_in_time(pair):
     cells = [speed.ours(pair, speed.Cell(size), 8) for size in (0, 2)]
     each = timing.measure(cells, PROMPTS, 1, seconds=0.0)
