@@ -69,6 +69,21 @@ def test_a_whole_run(run, sections):
     assert names() == sorted([JSON, TEXT])
 
 
+def test_a_section_is_ended_soon_after_its_time(run, sections, monkeypatch):
+    real, limits = children.run, []
+
+    def spy(command, told, seconds, *rest):
+        limits.append(seconds - told["seconds"])
+        return real(command, told, seconds, *rest)
+
+    monkeypatch.setattr(children, "run", spy)
+    run("--quick")
+    assert limits == pytest.approx([task.GRACE] * len(ALL))
+    # Even if each were, it would be within the 4 minutes, and the others' the 10.
+    for quick, promised in ((True, 240), (False, 600)):
+        assert task.TOTAL[not quick] + task.GRACE < promised
+
+
 def test_the_long_one_has_more_time(run, sections):
     run()
     tasks = sections.tasks()
