@@ -7,8 +7,8 @@ In the order to read them: ``program`` (what check.py does), ``task`` (the secti
 their time, and what each is told), ``children`` (a section's process, from outside)
 and ``child`` (from inside), ``kept`` (check-report.json, and going on from it). The
 sections: ``machine``, ``exactness`` with its ``variants`` (the bundled pair in other
-dtypes) and ``margins`` (what rounding explains), ``curve``, ``speed``, ``shapes``,
-``suite`` with ``outcomes`` (a plugin of pytest's); ``footprint`` is the memory of all.
-Then ``findings`` (what is unexpected), ``tables`` and ``report``, made of the JSON
-alone.
+dtypes) and ``margins`` (what rounding explains), ``curve``, ``speed``,
+``compiled``, ``shapes``, ``suite`` with ``outcomes`` (a plugin of pytest's);
+``footprint`` is the memory of all. Then ``findings`` (what is unexpected), ``tables``
+and ``report``, made of the JSON alone.
 """

@@ -39,6 +39,7 @@ def findings(report: dict[str, Any]) -> list[Finding]:
         *_processes(report["sections"]),
         *_machine(parts.get("machine", {}), parts.get("curve", {})),
         *_speed(parts.get("speed", {}), "the bundled pair"),
+        *_compiled(parts.get("compiled", {})),
         *_shapes(parts.get("shapes", {})),
         *_curve(parts.get("curve", {})),
         *_memory(parts),
@@ -191,6 +192,17 @@ def _speed(part: dict[str, Any], of: str) -> Iterator[Finding]:
                 f"{_SEND}; until then --num-draft {part['best']} is faster"
                 if other == "best"
                 else f"{_SEND}; until then use --regular-decode",
+            )
+
+
+def _compiled(part: dict[str, Any]) -> Iterator[Finding]:
+    for row in part.get("rows", ()):
+        other = part["prompts"] - row["equal"]
+        if other:
+            yield Finding(
+                f"compiled passes, {row['name']}: {other} of {part['prompts']} texts "
+                "are others in float32",
+                f"{_SEND}; until then use --compile off",
             )
 
 

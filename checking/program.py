@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from checking import child, children, kept, report
 from checking.children import DONE, INTERRUPTED
-from checking.task import GRACE, LEAST, SECTIONS, TOTAL
+from checking.task import GRACE, KEPT, LEAST, SECTIONS, TOTAL
 from system.errors import Parser, say
 
 #: The status of what was not begun.
@@ -67,10 +67,10 @@ class _Check:
         self._began = time.monotonic()
         # What children make is gone with this, however they end; and what was learnt
         # here before decides nothing.
-        self._environment = {}
-        for name, variable in (("temporary", "TMPDIR"), ("cache", "XDG_CACHE_HOME")):
+        for name in ("temporary", "cache"):
             (temporary / name).mkdir()
-            self._environment[variable] = str(temporary / name)
+        self._environment = {"TMPDIR": str(temporary / "temporary")}
+        self._cache = {"XDG_CACHE_HOME": str(temporary / "cache")}
         self._report: dict[str, Any] = {}
         self._earlier = 0.0  # seconds of earlier runs
 
@@ -149,7 +149,7 @@ class _Check:
             task,
             seconds + GRACE,
             bar.tick,
-            self._environment,
+            {**self._environment, **(self._cache if name != KEPT else {})},
         )
         if done["result"] is None and before:
             done["result"] = before  # what was reached is not lost

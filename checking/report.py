@@ -340,6 +340,30 @@ def _speed(part: dict[str, Any]) -> Iterator[str]:
         yield ""
 
 
+def _compiled(part: dict[str, Any]) -> Iterator[str]:
+    yield (
+        f"Compiled passes beside those that are not, {part['prompts']} sentences, "
+        "every line in turn; shapes had been traced before."
+    )
+    yield ""
+    yield from table(
+        part["rows"],
+        [
+            ("", lambda row: row["name"]),
+            ("speed-up", interval),
+            ("same text", lambda row: row["equal"]),
+        ],
+    )
+    verdict = "faster" if part["faster"] else "not much faster"
+    yield f"They are {verdict} here: " + (
+        f"--compile auto is {'on' if part['faster'] else 'off'} on this machine from "
+        "now on."
+        if part["used"]
+        else "on a CPU --compile auto is off, as the first passes take seconds."
+    )
+    yield ""
+
+
 def _shapes(part: dict[str, Any]) -> Iterator[str]:
     yield (
         "SIMULATED: random weights in these shapes; a draft token is right with "
@@ -427,6 +451,7 @@ _SHOWN: dict[str, Callable[[dict[str, Any]], Iterator[str]]] = {
     "exactness": _exactness,
     "curve": _curve,
     "speed": _speed,
+    "compiled": _compiled,
     "shapes": _shapes,
     "suite": _suite,
 }

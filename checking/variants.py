@@ -54,7 +54,7 @@ def store(source: Path, folder: Path, storage: Storage) -> None:
     weights = stored.load(dict(tree_flatten(model.parameters())))
     with WeightsWriter(folder / WEIGHTS) as writer:
         for name, value in weights.items():
-            value = value.astype(getattr(mx, storage.dtype_of(name)))
+            value = value.astype(storage.dtype_of(name))
             if not storage.quantizes(name, value.shape):
                 writer.write(name, value.shape, value.dtype, [value])
                 continue

@@ -113,6 +113,19 @@ _RESULTS = {
         "torch": True,
         "theirs": {"prompts": 20, **row(None, 0.4, "transformers, cpu")},
     },
+    "compiled": {
+        "prompts": 40,
+        "rows": [
+            {"name": "num-draft 0", "speedup": 1.2, "equal": 40},
+            {"name": "num-draft 4", "speedup": 1.1, "low": 1, "high": 1.2, "equal": 40},
+        ],
+        "faster": True,
+        "used": True,
+        "name": "both pairs",
+        "weights": 118_000_000,
+        "peak": 121_000_000,
+        "expected": 500_000_000,
+    },
     "shapes": {
         "alpha": 0.75,
         "pairs": [

@@ -84,6 +84,17 @@ def test_a_section_is_ended_soon_after_its_time(run, sections, monkeypatch):
         assert task.TOTAL[not quick] + task.GRACE < promised
 
 
+def test_only_what_programs_go_by_is_kept(run, sections):
+    """That section has the user's cache, all others have one that is gone with them."""
+    cache = "'cache': os.environ.get('XDG_CACHE_HOME')"
+    for name in ("speed", "compiled"):
+        whole = results()[name]
+        sections.scripts[name] = f"print(json.dumps({{**{whole!r}, {cache}}}))"
+        run("--quick", "--fresh")
+        found = report()["sections"][name]["result"]["cache"]
+        assert (found == os.environ.get("XDG_CACHE_HOME")) == (name == "compiled")
+
+
 def test_the_long_one_has_more_time(run, sections):
     run()
     tasks = sections.tasks()

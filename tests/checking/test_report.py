@@ -180,6 +180,14 @@ def test_the_whole_of_it():
             "until then use --regular-decode",
         ),
         (
+            changed(
+                "compiled",
+                rows=[{"name": "num-draft 4", "speedup": 1.1, "equal": 38}],
+            ),
+            "compiled passes, num-draft 4: 2 of 40 texts are others in float32",
+            "--compile off",
+        ),
+        (
             in_pair(auto_over_best=[0.9, 0.86, 0.94]),
             "t5-base with t5-small: auto has 0.90",
             "--num-draft 5",
@@ -326,3 +334,15 @@ def test_any_section_may_be_missing(name):
 
 def test_a_cell_ends_no_line():
     assert line(["a\n|b", None, 3]) == "| a \\|b |  | 3 |"
+
+
+@pytest.mark.parametrize(
+    "faster, used, said",
+    [
+        (True, True, "faster here: --compile auto is on on this machine from now on"),
+        (False, True, "not much faster here: --compile auto is off on this machine"),
+        (True, False, "faster here: on a CPU --compile auto is off"),
+    ],
+)
+def test_whether_compiled_passes_are_faster(faster, used, said):
+    assert f"They are {said}" in markdown(changed("compiled", faster=faster, used=used))

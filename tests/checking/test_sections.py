@@ -9,6 +9,7 @@ import pytest
 from conftest import VOCABULARY
 
 from checking import (
+    compiled,
     curve,
     exactness,
     footprint,
@@ -21,6 +22,8 @@ from checking import (
 from checking.shapes import Costs, plan
 from checking.task import Task
 from checking.variants import VARIANTS
+from console import choosing
+from console.choosing import COMPILE
 from measuring import calibration, timing
 from measuring.simulation import SIZES
 from measuring.variants import Answer
@@ -245,7 +248,7 @@ def bundled(monkeypatch, folders, tmp_path):
     prompts.write_text("\n".join(PROMPTS))
     monkeypatch.setattr(curve, "MOST", 3)
     monkeypatch.setattr(speed, "SIZES", (0, 2, "auto"))
-    for module in (curve, speed):
+    for module in (compiled, curve, speed):
         monkeypatch.setattr(module, "BUNDLED", folders)
         monkeypatch.setattr(module, "PROMPTS", prompts)
 
@@ -255,6 +258,60 @@ def test_the_section_of_the_curve(bundled):
     assert [row["num_draft"] for row in found["rows"]] == [0, 1, 2, 3]
     assert found["sweeps"] == 2  # as few as there are
     assert set(found["suggests"]) == {"0.6", "0.75", "0.9"}
+
+
+# Compiled passes.
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_the_section_of_compiled_passes(bundled, monkeypatch, gpu):
+    """Whose verdict is kept for main.py on a GPU."""
+    kept = []
+    monkeypatch.setattr(compiled, "on_gpu", lambda: gpu)
+    monkeypatch.setattr(compiled.remembering, "remember", lambda *its: kept.append(its))
+    (found,) = compiled.section(task(60.0))
+    json.dumps(found)
+    assert [row["name"] for row in found["rows"]] == ["num-draft 0", "num-draft 4"]
+    assert [row["equal"] for row in found["rows"]] == [len(PROMPTS)] * 2
+    assert kept == ([(COMPILE, found["faster"])] if gpu else [])
+    assert found["used"] == gpu
+    mx.disable_compile()
+
+
+@pytest.mark.parametrize(
+    "gains, faster",
+    [((1.2, 1.1), True), ((1.2, 1.02), False), ((0.9, 1.2), False)],
+)
+def test_when_they_are_faster(bundled, monkeypatch, gains, faster):
+    """With drafts and without, by 3 %."""
+    seconds = [each for gain in gains for each in (gain, 1.0)]
+    monkeypatch.setattr(
+        compiled, "measure", lambda *_: [answers([each] * 8) for each in seconds]
+    )
+    pairs = [SimpleNamespace(how=SimpleNamespace(compiled=way)) for way in (0, 1)]
+    found = compiled.compare(pairs, [], task())
+    assert [row["speedup"] for row in found["rows"]] == pytest.approx(gains)
+    assert found["faster"] == faster
+    assert found["prompts"] == 8
+
+
+def test_the_program_goes_by_it(monkeypatch):
+    """On a GPU, where nobody says otherwise."""
+    monkeypatch.setattr(choosing, "on_gpu", lambda: True)
+    for kept, flag, expected in (
+        (True, "auto", True),
+        (False, "auto", False),
+        (None, "auto", False),
+        (True, "off", False),
+        (False, "on", True),
+    ):
+        monkeypatch.setattr(choosing.remembering, "recall", {COMPILE: kept}.get)
+        flags = SimpleNamespace(compile=flag, dtype="auto", unverified=False)
+        assert choosing.loading_of(flags).compiled == expected
+    monkeypatch.setattr(choosing, "on_gpu", lambda: False)
+    monkeypatch.setattr(choosing.remembering, "recall", {COMPILE: True}.get)
+    flags = SimpleNamespace(compile="auto", dtype="auto", unverified=False)
+    assert not choosing.loading_of(flags).compiled
 
 
 # Speed.
