@@ -38,7 +38,6 @@ class _Outcomes:
         self._reached = set(
             Path(reached).read_text("utf-8").split("\n") if reached else ()
         )
-        self._worker = hasattr(config, "workerinput")
 
     def pytest_collection_modifyitems(self, config: Any, items: list[Any]) -> None:
         """Leave out what was reached before. Every worker comes to the same."""
@@ -49,8 +48,9 @@ class _Outcomes:
             config.hook.pytest_deselected(items=gone)
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        """A phase of a test is over; a worker's reports come to who started it."""
-        if self._worker or (report.when != "call" and report.outcome == "passed"):
+        """A phase of a test is over. What a worker says, who started it says again, and
+        of a worker that crashed it alone says so."""
+        if report.when != "call" and report.outcome == "passed":
             return
         line = {"id": _line(report.nodeid), "outcome": report.outcome}
         if report.outcome == "failed":

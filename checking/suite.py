@@ -63,7 +63,7 @@ def results(task: Task, folder: Path, count: int) -> Iterator[dict[str, Any]]:
         reached.write_text("\n".join(name for its in names for name in its), "utf-8")
         command = [sys.executable, "-m", "pytest", "-p", "checking.outcomes"]
         # (In one word each, or it would look for tests there.)
-        command += [f"--outcomes={log}", f"--reached={reached}", f"--rootdir={folder}"]
+        command += [f"--outcomes={log}", f"--reached={reached}"]
         command += ["-p", "no:cacheprovider", f"--numprocesses={count}", "--tb=short"]
 
         def result(complete: bool = False, said: str | None = None) -> dict[str, Any]:
