@@ -49,6 +49,8 @@ _LONGEST = 600.0
 _PLAIN_RUN = 2
 #: Tokens and texts that the mean length begins with.
 _TEXT = 32.0, 1.0
+#: Draft tokens that were taken and those of them that ended a text, to begin with.
+_CLOSING = 8.0, 0.1
 #: The most kinds of rules whose acceptance is kept.
 _MOST_KINDS = 64
 #: Of :attr:`samplers.Rules.kind`.
@@ -214,6 +216,7 @@ class Auto:
         self._chances: dict[tuple[str, int], Chances] = {}
         self._entering: float | None = None  # seconds: the draft takes in a prompt
         self._tokens, self._texts = _TEXT  # that were committed, that ended
+        self._taken, self._closing = _CLOSING  # draft tokens that were; those that end
         self._look = _LOOK_FIRST  # rounds after which another size is tried
         self._steady = self._other = 0  # those since one was; how many were
         self._pause = _FIRST_PAUSE  # plain rounds after which drafting is tried again
@@ -328,11 +331,15 @@ class Auto:
         for fate in fates:
             self._tokens += fate.tokens
             self._texts += fate.ended
+            self._taken += fate.taken
+            self._closing += 0 < fate.taken == fate.tokens
             if fate.drafted:
                 its = drafts.setdefault((fate.kind, fate.match), [])
                 its.append((fate.drafted, fate.taken))
         if self._tokens > _MOST_TOKENS:
             self._tokens, self._texts = self._tokens / 2, self._texts / 2
+        if self._taken > _MOST_TOKENS:
+            self._taken, self._closing = self._taken / 2, self._closing / 2
         for key, its in drafts.items():
             self._chances_of(*key).observe(its)
         worth = sum(fate.tokens for fate in fates) / max(1, len(fates))
@@ -403,15 +410,21 @@ class Auto:
         asked: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray]:
         """The tokens to expect of each row, (rows, sizes) each: with what was found for
-        it, and with the model's draft."""
+        it, and with the model's draft.
+
+        One that ends the text is followed by none of the target's own.
+        """
         by_match, by_model = np.ones((2, len(rows), len(sizes)))
+        goes_on = 1 - self._closing / self._taken
         for place, row in enumerate(rows):
             if found[place]:
                 tokens = self._chances_of(row.kind, row.match).tokens
-                by_match[place] = tokens[np.minimum(sizes, found[place])]
+                tokens = tokens[np.minimum(sizes, found[place])]
+                by_match[place] += goes_on * (tokens - 1)
             if asked[place]:
                 tokens = self._chances_of(row.kind, 0).tokens
-                by_model[place] = tokens[np.minimum(sizes, row.most)]
+                tokens = tokens[np.minimum(sizes, row.most)]
+                by_model[place] += goes_on * (tokens - 1)
         return by_match, by_model
 
     def _entry(self, costs: Costs) -> float:
@@ -466,6 +479,7 @@ class Auto:
             ],
             "entering": self._entering,
             "length": self._tokens / self._texts,
+            "closing": self._closing / self._taken,
             "pause": self._pause,
             "balance": self._balance,
             "worth": min(self._worth, _MOST_TOKENS),
@@ -478,6 +492,7 @@ class Auto:
         except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError):
             self._costs, self._chances, self._entering = {}, {}, None
             self._tokens, self._texts, self._pause = *_TEXT, _FIRST_PAUSE
+            self._taken, self._closing = _CLOSING
             self._balance = self._worth = 0.0
 
     def _restore(self, value: Any) -> None:
@@ -494,12 +509,16 @@ class Auto:
             raise ValueError("this is no time")
         if not 1 <= length < 1e6:
             raise ValueError("this is no length")
+        closing = float(value["closing"])
+        if not 0 <= closing <= 1:
+            raise ValueError("this is no share")
         balance, worth = float(value["balance"]), float(value["worth"])
         if not (abs(balance) <= _MOST_TOKENS and 0 <= worth <= _MOST_TOKENS):
             raise ValueError("these are no rounds")
         self._balance, self._worth = min(balance, _MOST_CREDIT), worth
         self._entering = None if entering is None else float(entering)
         self._tokens, self._texts = 4 * length, 4.0
+        self._taken, self._closing = _TEXT[0], _TEXT[0] * closing
         self._pause = min(max(int(value["pause"]), _FIRST_PAUSE), _LONGEST_PAUSE)
 
     def _costs_of(self, batch: int) -> Costs:

@@ -346,3 +346,23 @@ def test_chances_are_not_biased_by_what_a_rejection_hides():
             seen.append(chances.tokens)
     expected = 1 + np.cumsum(np.concatenate([[0], np.cumprod(true)]))
     assert np.mean(seen, axis=0) == pytest.approx(expected, rel=0.04)
+
+
+def test_texts_that_end_in_their_drafts():
+    """What ends a text is followed by no token of the target's own, so that long drafts
+    are worth less in short texts than their chances say."""
+    policy = Auto(4, step=0.1, token=0.0)
+    rng = np.random.default_rng(0)
+    expected, got = [], []
+    for number in range(1500):
+        plan = policy.choose(1, [Prospect("greedy", 4)])
+        taken, ended = 0, False
+        while taken < plan.size and not ended and rng.random() < 0.85:
+            taken, ended = taken + 1, rng.random() < 0.15
+        tokens, seconds = taken + (not ended), 1 + 0.1 * plan.size
+        fate = Fate("greedy", 0, plan.size, taken, tokens, ended)
+        policy.observe(1, plan, [fate], seconds)
+        if number >= 500 and plan.size:
+            expected.append(plan.gain * seconds)
+            got.append(tokens)
+    assert np.mean(expected) == pytest.approx(np.mean(got), rel=0.03)
