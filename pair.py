@@ -25,6 +25,7 @@ from answering import Answers, Generation, Question, Source, source_of
 from architectures import registry
 from architectures.loading import USUAL, Loading
 from checkpoints.defaults import Defaults, DefaultsError, Files
+from checkpoints.storing import DTYPES
 from decoder import Engine
 from speculation.drafting import Drafter, ModelDrafter
 from speculation.lookup import Lookup
@@ -97,7 +98,7 @@ class Pair:
         lookup: bool = False,
         unverified: bool = False,
         dtype: str | None = None,
-        compiled: bool = False,
+        compiled: bool | None = None,
     ) -> "Pair":
         """Load models by folder or by name.
 
@@ -115,6 +116,11 @@ class Pair:
             DifferentTokenizersError: they are no pair; no weights are read.
         """
         how = Loading(unverified, dtype, compiled)
+        if dtype not in (None, *DTYPES.values()):
+            raise InputError(
+                f"dtype is {dtype!r}: it has to be None or one of "
+                f"{', '.join(DTYPES.values())}"
+            )
         folder = registry.find(model, how.unverified)
         draft_folder = None
         if draft_model not in (None, LOOKUP):
@@ -353,7 +359,8 @@ class Pair:
             parts.append(remembering.fingerprint(self.draft_folder))
         parts += [LOOKUP] if self.lookup else []
         parts += [self.how.dtype] if self.how.dtype else []
-        parts += ["compiled"] if self.how.compiled else []
+        compiles = self.target.has_encoder and self.how.compiles
+        parts += ["compiled"] if compiles else []
         return " with ".join(parts)
 
     def remember(self) -> Path | None:

@@ -2,6 +2,12 @@
 
 from typing import NamedTuple
 
+from system import remembering
+from system.device import on_gpu
+
+#: What is remembered of this machine: whether compiled passes are faster.
+COMPILE = "compiled passes"
+
 
 class Loading(NamedTuple):
     """What there is to choose about it.
@@ -11,12 +17,20 @@ class Loading(NamedTuple):
             transformers' (:mod:`verified`).
         dtype: what T5 computes in: "float32", "bfloat16" or "float16"; None for what
             the weights are stored in, on a CPU for float32.
-        compiled: whether T5's decoder passes are compiled (:mod:`t5_session`).
+        compiled: whether T5's decoder passes are compiled (:mod:`t5_session`); None for
+            where that is known to be faster.
     """
 
     unverified: bool = False
     dtype: str | None = None
-    compiled: bool = False
+    compiled: bool | None = None
+
+    @property
+    def compiles(self) -> bool:
+        """Whether a T5's passes are compiled."""
+        if self.compiled is None:
+            return on_gpu() and remembering.recall(COMPILE) is True
+        return self.compiled
 
 
 #: As it is where nobody says anything.

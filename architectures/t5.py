@@ -19,7 +19,7 @@ from architectures.parameters import (
 from architectures.slim import slim
 from architectures.t5_session import T5Session
 from checkpoints.config import T5Config
-from checkpoints.converted import WEIGHTS, MappedWeights, dtype_of
+from checkpoints.converted import WEIGHTS, MappedWeights, as_dtype, dtype_of
 from checkpoints.sources import Steps, Tensor
 from model import T5
 from speculation.session import Session
@@ -45,7 +45,7 @@ def load(folder: Path, how: Loading = USUAL) -> T5:
     config.require(len(stored), stored.bytes())
     model = T5(config, tied="head.weight" not in stored)
     quantized = [path for path in linear_paths(model) if f"{path}.scales" in stored]
-    dtype = prepare(how.dtype, how.compiled)
+    dtype = prepare(how.dtype, how.compiles)
     become = partial(dtype_of, dtype=dtype)
     unpacked = bool(quantized) and on_cpu()
     whole = parameter_shapes(model)
@@ -58,12 +58,17 @@ def load(folder: Path, how: Loading = USUAL) -> T5:
     else:
         size = stored.bytes()
     prepare_memory(size, folder)
-    weights = stored.load(parameters, become)
+    packed = set(quantized) if unpacked else set()
+    weights = stored.load(
+        parameters,
+        # What packed numbers are multiplied with: they are rounded once, unpacked.
+        lambda name: mx.float32 if name.rpartition(".")[0] in packed else become(name),
+    )
     if unpacked:
         for path in quantized:
             name = f"{path}.weight"
             value = dequantize(weights, path, config.quantization)
-            weights[name] = value.astype(become(name))
+            weights[name] = as_dtype(value, become(name), f"{folder / WEIGHTS}: {name}")
             mx.eval(weights[name])
         model = T5(config, tied="head.weight" not in stored)
     model.load_weights(list(weights.items()))
@@ -78,7 +83,7 @@ def random(config: T5Config, name: str, how: Loading = USUAL) -> T5:
     Raises:
         InputError: it does not fit the memory.
     """
-    dtype = prepare(how.dtype, how.compiled) or mx.bfloat16
+    dtype = prepare(how.dtype, how.compiles) or mx.bfloat16
     become = partial(dtype_of, dtype=dtype)
     model = T5(config, tied=config.scale_outputs)
     size = _bytes(parameter_shapes(model), become)
@@ -171,4 +176,4 @@ def open_session(
     """
     # Loaded before anything is as large as the config says: it fits the weights then.
     model = load(folder, how)
-    return session(model, vocabulary, tokenizer.gaps(vocabulary), how.compiled)
+    return session(model, vocabulary, tokenizer.gaps(vocabulary), how.compiles)

@@ -7,6 +7,7 @@ length and the caches' room are here. Shapes are named as there.
 import math
 from collections.abc import Collection, Generator
 from itertools import repeat
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -27,6 +28,9 @@ from speculation.session import (
 )
 from system.device import FUSED, compute_early, fewest_keys, on_cpu
 from system.memory import require_room
+
+#: Shapes of passes that are kept compiled.
+MOST_TRACES = 128
 
 
 def source_room(length: int) -> int:
@@ -109,6 +113,7 @@ class T5Session:
         self._logits = _Logits(model, self.vocabulary, banned)
         # It knows nothing of this session, which would have to wait for a collection.
         self._compiled = mx.compile(_Traced(self._logits)) if compiled else None
+        self._shapes: set[Any] = set()  # that were traced
         self.forget()
 
     def start(self, prompts: list[list[int]]) -> list[list[int]]:
@@ -270,6 +275,7 @@ class T5Session:
         )
         places = Places.of(rows, self._capacity)
         if self._compiled:
+            self._count_shape(tokens.shape, places.at.ndim)
             arrays = [list(vars(cache).values()) for cache in self._caches]
             logits, written = self._compiled(
                 tokens, places, self._biases(), self._padding, arrays
@@ -281,6 +287,14 @@ class T5Session:
             logits = self._logits(tokens, self._caches, step, early=True)
         self.lengths = [length + new for length in self.lengths]
         return logits
+
+    def _count_shape(self, *shape: Any) -> None:
+        """Forget all traces, when there are many: each takes a megabyte, for good."""
+        room = self._caches[0].source_keys.shape[2]
+        self._shapes.add((*shape, self._capacity, room))
+        if len(self._shapes) > MOST_TRACES:
+            self._shapes.clear()
+            self._compiled = mx.compile(_Traced(self._logits))
 
     def rewind(self, lengths: list[int]) -> None:
         """Forget all but the first ``lengths[b]`` cached positions of each row b.

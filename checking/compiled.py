@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from architectures.loading import COMPILE
 from checking import footprint
 from checking.exactness import MAX_TOKENS, PROMPTS
 from checking.task import Task
-from console.choosing import BUNDLED, COMPILE
+from console.choosing import BUNDLED
 from measuring.figures import speedup
 from measuring.prompts import read_prompts
 from measuring.timing import measure

@@ -1,5 +1,6 @@
 """What check.py does: section by section, into a report that can be gone on with."""
 
+import os
 import signal
 import sys
 import tempfile
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from checking import child, children, kept, report
 from checking.children import DONE, INTERRUPTED
 from checking.task import GRACE, KEPT, LEAST, SECTIONS, TOTAL
-from system.errors import Parser, say
+from system.errors import InputError, Parser, say
 
 #: The status of what was not begun.
 LEFT_OUT = "left out"
@@ -49,13 +50,22 @@ def main() -> int:
     if args.section:
         return child.main(args.section)
     folder = Path.cwd()
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"cannot write into {folder}: go to a folder of your own")
     earlier = kept.read(folder, args.fresh)
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        if earlier:
+            report.markdown(earlier)
+    except Exception:  # of any kind, for whatever was written into it
+        raise InputError(f"{kept.JSON} has odd results: --fresh begins anew") from None
+    ends = (signal.SIGTERM, signal.SIGHUP)  # a closed terminal, too
+    before = {each: signal.signal(each, signal.default_int_handler) for each in ends}
     try:
         with tempfile.TemporaryDirectory(prefix="check-") as temporary:
             return _Check(args.quick, folder, Path(temporary)).run(earlier)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 class _Check:

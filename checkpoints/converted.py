@@ -159,6 +159,18 @@ def dtype_of(name: str, dtype: mx.Dtype | None) -> mx.Dtype | None:
     return dtype
 
 
+def as_dtype(value: mx.array, dtype: mx.Dtype, name: str) -> mx.array:
+    """A tensor in another dtype.
+
+    Raises:
+        InputError: a number of it is beyond that.
+    """
+    value = value.astype(dtype)
+    if dtype == mx.float16 and not mx.isfinite(value).all().item():
+        raise InputError(f"{name} has numbers beyond float16: give another --dtype")
+    return value
+
+
 class MappedWeights:
     """The tensors of an npz, mapped into memory; nothing is read until :meth:`load`.
 
@@ -225,13 +237,11 @@ class MappedWeights:
                 # One by one: what is read and what it is converted to never add up.
                 kind = dtype(name)
                 if kind and mx.issubdtype(value.dtype, mx.floating):
-                    value = value.astype(kind)
-                    if kind == mx.float16 and not mx.isfinite(value).all().item():
+                    try:
+                        value = as_dtype(value, kind, f"{self._path}: {name}")
+                    except InputError:
                         stream.close()
-                        raise InputError(
-                            f"{self._path}: {name} has numbers beyond float16: give "
-                            "another --dtype"
-                        )
+                        raise
                 loaded[name] = value
                 mx.eval(loaded[name])
             stream.close()

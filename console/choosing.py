@@ -14,8 +14,7 @@ from checkpoints import converted
 from checkpoints.converted import WEIGHTS
 from checkpoints.storing import DTYPES
 from pair import LOOKUP, DifferentTokenizersError, Pair
-from system import remembering
-from system.device import emulates_bfloat16, on_gpu
+from system.device import emulates_bfloat16
 from system.errors import InputError, say
 
 DEFAULT_DRAFT = "t5-small"
@@ -25,9 +24,6 @@ BUNDLED = tuple(
 )
 
 NO_DRAFT = "none"
-
-#: What is remembered of this machine: whether compiled passes are faster.
-COMPILE = "compiled passes"
 
 
 def add_loading(add: Callable[..., Any]) -> None:
@@ -56,9 +52,7 @@ def add_loading(add: Callable[..., Any]) -> None:
 
 def loading_of(arguments: Namespace) -> Loading:
     """What those flags say."""
-    compiled = arguments.compile == "on"
-    if arguments.compile == "auto":
-        compiled = on_gpu() and remembering.recall(COMPILE) is True
+    compiled = {"on": True, "off": False}.get(arguments.compile)
     dtype = None if arguments.dtype == "auto" else arguments.dtype
     return Loading(arguments.unverified, dtype, compiled)
 
@@ -101,7 +95,7 @@ def choose_pair(
     if model is not None and model.dtype == mx.bfloat16 and emulates_bfloat16():
         say(
             "hint: this Mac has no arithmetic in bfloat16: --dtype float16 may be "
-            "faster, and is as exact (docs/dtypes.md)"
+            "faster, and is as exact (docs/mac.md)"
         )
     if not pair.batches:
         say(

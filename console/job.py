@@ -27,7 +27,7 @@ from text.messages import Messages
 _OTHERS = {
     *("model", "draft_model", "input", "output", "batch_size", "resume", "verbose"),
     *("prompt", "interactive", "compare", "color", "separator", "keep_turns"),
-    *("num_samples", "unverified", "coupling"),
+    *("num_samples", "unverified", "coupling", "compile"),
 }
 
 #: What weights are stored as.
@@ -214,8 +214,10 @@ def describe(arguments: Namespace, pair: Pair) -> dict[str, Any]:
     job["seed"] = arguments.seed or 0
     if _coupling(arguments) == SHARED:
         job["coupling"] = SHARED
-    if not arguments.lookup:
-        del job["lookup"]  # which earlier records do not have
+    # What earlier records do not have.
+    for name, usual in (("lookup", False), ("dtype", "auto")):
+        if job[name] == usual:
+            del job[name]
     plain = arguments.regular_decode or arguments.num_draft == 0
     plain = plain or not pair.drafts
     job["model"] = _identity(pair.folder)

@@ -111,8 +111,8 @@ class SimulatedPair:
             t5.random(config, name, how)
             for config, name in zip(configs, (target, draft), strict=True)
         ]
-        drafting = t5.session(models[1], vocabulary, compiled=how.compiled)
-        self.target = t5.session(models[0], vocabulary, compiled=how.compiled)
+        drafting = t5.session(models[1], vocabulary, compiled=how.compiles)
+        self.target = t5.session(models[0], vocabulary, compiled=how.compiles)
         self.untold = ModelDrafter(drafting)
         self.drafter = SimulatedDrafter(self.untold, vocabulary, alpha)
         self.policy = policy_for(self.target, drafting)

@@ -137,6 +137,23 @@ def test_few_shapes_are_traced(make, monkeypatch):
     assert len(traced) == len(set(traced)) == 3 * len(rooms)
 
 
+def test_traces_are_forgotten_when_there_are_many(make, monkeypatch):
+    """And made again: a text is the same."""
+    monkeypatch.setattr(t5_session, "MOST_TRACES", 2)
+    folder = make()[2]
+    sessions = [
+        T5Session(t5.load(folder, Loading(compiled=way)), compiled=way)
+        for way in (False, True)
+    ]
+    each(sessions, "start", [prompt_of(9)])
+    made = {sessions[1]._compiled}
+    for size in (1, 2, 3, 1, 2, 4, 1):
+        same(sessions, [prompt_of(size)])
+        made.add(sessions[1]._compiled)
+    assert len(made) == 3
+    assert len(sessions[1]._shapes) <= 2
+
+
 def test_nothing_is_held_for_good(make):
     """Weights go when the session does, traces or not."""
     model = t5.load(make()[2], Loading(compiled=True))

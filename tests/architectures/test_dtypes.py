@@ -99,6 +99,41 @@ def test_numbers_beyond_float16(tmp_path, call):
     assert "head.weight has numbers beyond float16: give another --dtype" in err
 
 
+def test_unpacked_numbers_beyond_float16(tmp_path):
+    """Which show when they are unpacked."""
+
+    def enlarge(oracle) -> None:
+        oracle.decoder.block[0].layer[0].SelfAttention.q.weight[3, 3] = 1e5
+
+    fields = GATED | {"d_model": 128, "d_kv": 32, "d_ff": 128}
+    publish(Member(fields=fields), tmp_path / "hf", change=enlarge)
+    packed = Quantization.choose("mxfp8")
+    convert.convert(tmp_path / "hf", tmp_path / "mlx", "bfloat16", packed)
+    with pytest.raises(InputError, match=r"qkv\.weight has numbers beyond float16"):
+        t5.load(tmp_path / "mlx", HALF)
+    assert t5.load(tmp_path / "mlx").dtype == mx.float32
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_packed_numbers_are_rounded_once(stored, dtype):
+    """On a CPU: what float32 has of them, in the dtype."""
+    whole = t5.load(stored / "packed", Loading(dtype="float32"))
+    half = t5.load(stored / "packed", Loading(dtype=dtype))
+    for model in (whole, half):
+        assert "scales" not in model.embedding
+    kind = getattr(mx, dtype)
+    assert mx.array_equal(
+        whole.encoder.layers[0].attention.qkv.weight.astype(kind),
+        half.encoder.layers[0].attention.qkv.weight,
+    )
+
+
+@pytest.mark.parametrize("dtype", ["auto", "int8", "float64", ""])
+def test_dtypes_that_are_none(stored, dtype):
+    with pytest.raises(InputError, match=r"dtype is .* it has to be None or one of"):
+        Pair.load(str(stored / "float32"), dtype=dtype)
+
+
 @pytest.mark.parametrize("how", [HALF, Loading(compiled=True)])
 def test_models_that_are_no_t5(tmp_path, how):
     with pytest.raises(InputError, match=r"is no T5.*--dtype and --compile are for T5"):

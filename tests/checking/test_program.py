@@ -95,6 +95,24 @@ def test_only_what_programs_go_by_is_kept(run, sections):
         assert (found == os.environ.get("XDG_CACHE_HOME")) == (name == "compiled")
 
 
+def test_odd_results_are_refused_in_a_line(run, sections):
+    run("--quick")
+    value = report()
+    value["sections"]["curve"]["result"]["rows"] = 5
+    Path(JSON).write_text(json.dumps(value))
+    status, out, err = run("--quick")
+    assert (status, out) == (2, "")
+    assert "odd results: --fresh begins anew" in err
+    assert report() == value
+
+
+def test_a_folder_that_cannot_be_written(run, sections, monkeypatch):
+    monkeypatch.setattr(program.os, "access", lambda *_: False)
+    status, _, err = run("--quick")
+    assert status == 2 and "cannot write into" in err
+    assert not sections.tasks()
+
+
 def test_the_long_one_has_more_time(run, sections):
     run()
     tasks = sections.tasks()
@@ -333,7 +351,7 @@ def started(folder, scripts):
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_run_is_gone_on_with(run, sections, tmp_path, number):
     ready = tmp_path / "ready"
     reached = results()["suite"] | {"complete": False, "tests": 9}

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from conftest import VOCABULARY
 
+from architectures import loading
+from architectures.loading import COMPILE
 from checking import (
     compiled,
     curve,
@@ -23,7 +25,6 @@ from checking.shapes import Costs, plan
 from checking.task import Task
 from checking.variants import VARIANTS
 from console import choosing
-from console.choosing import COMPILE
 from measuring import calibration, timing
 from measuring.simulation import SIZES
 from measuring.variants import Answer
@@ -295,9 +296,9 @@ def test_when_they_are_faster(bundled, monkeypatch, gains, faster):
     assert found["prompts"] == 8
 
 
-def test_the_program_goes_by_it(monkeypatch):
-    """On a GPU, where nobody says otherwise."""
-    monkeypatch.setattr(choosing, "on_gpu", lambda: True)
+def test_programs_go_by_it(monkeypatch):
+    """On a GPU, where nobody says otherwise; a model that is no T5 is not refused."""
+    monkeypatch.setattr(loading, "on_gpu", lambda: True)
     for kept, flag, expected in (
         (True, "auto", True),
         (False, "auto", False),
@@ -305,13 +306,14 @@ def test_the_program_goes_by_it(monkeypatch):
         (True, "off", False),
         (False, "on", True),
     ):
-        monkeypatch.setattr(choosing.remembering, "recall", {COMPILE: kept}.get)
+        monkeypatch.setattr(loading.remembering, "recall", {COMPILE: kept}.get)
         flags = SimpleNamespace(compile=flag, dtype="auto", unverified=False)
-        assert choosing.loading_of(flags).compiled == expected
-    monkeypatch.setattr(choosing, "on_gpu", lambda: False)
-    monkeypatch.setattr(choosing.remembering, "recall", {COMPILE: True}.get)
-    flags = SimpleNamespace(compile="auto", dtype="auto", unverified=False)
-    assert not choosing.loading_of(flags).compiled
+        how = choosing.loading_of(flags)
+        assert how.compiles == expected
+        assert bool(how.compiled) == (flag == "on")
+    monkeypatch.setattr(loading, "on_gpu", lambda: False)
+    monkeypatch.setattr(loading.remembering, "recall", {COMPILE: True}.get)
+    assert not loading.USUAL.compiles
 
 
 # Speed.

@@ -13,7 +13,9 @@ from conftest import HANG
 import main
 from architectures import t5
 from architectures.t5_session import T5Session
+from decoder import Engine
 from pair import Pair
+from speculation.requests import Request
 from system import memory
 from system.errors import TooLongError
 
@@ -167,6 +169,18 @@ def test_what_is_wired(monkeypatch):
     del owner
     gc.collect()
     assert metal.limit == 7
+
+
+def test_who_comes_later_is_wired_as_well(make, monkeypatch):
+    """A long prompt that takes a row that has become free."""
+    session = T5Session(t5.load(make()[2]))
+    metal = Metal(monkeypatch, most=1 << 40)
+    engine = Engine(session, None, rows=2)
+    for length, most in ((5, 4), (5, 40), (300, 40)):
+        engine.admit(Request([7] * length, frozenset(), most))
+    while engine.busy:
+        engine.step()
+    assert max(metal.told) == memory._PASSING + session.batch_bytes(2, 300, 40)
 
 
 def test_weights_and_caches_are_wired(make, monkeypatch):
