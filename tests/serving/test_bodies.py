@@ -39,7 +39,14 @@ def test_every_flag_has_a_field():
     """Under the same name, but for what is the server's or the console's."""
     flags = set(vars(parse_arguments([])))
     elsewhere = {
-        *("model", "draft_model", "lookup", "unverified"),  # serve.py's
+        *(
+            "model",
+            "draft_model",
+            "lookup",
+            "unverified",
+            "dtype",
+            "compile",
+        ),  # serve.py's
         *("input", "output", "batch_size", "resume", "interactive", "compare"),
         *("color", "json", "separator", "verbose", "chat", "system", "keep_turns"),
         "num_samples",  # n
