@@ -9,11 +9,7 @@ from there on Ctrl-C is clean.
 if __name__ == "__main__":
     import system.startup  # noqa: F401  (first: see there)
 
-import os
-import sys
-from contextlib import suppress
-
-from system.errors import run
+from system.errors import leave, run
 
 
 def main() -> int:
@@ -24,9 +20,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    status = run(main, "check.py")
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):
-            stream.flush()
     # A section's result is out: what MLX or PyTorch do as they are taken down is none.
-    os._exit(status)
+    leave(run(main, "check.py"))

@@ -388,13 +388,13 @@ class Engine:
         if self._held or not few or len(free) < few:
             return None
         newcomers = self._next_waiting(len(free))
-        texts = [*self._active, *newcomers]
-        memory.wire(self, self._bytes(len(self._rows), texts))
         longest = max((len(row.request.prompt) for row in newcomers), default=0)
         if self._target.has_encoder and longest > LONGEST_BESIDE:
             self._waiting.extendleft(reversed(newcomers))
             self._held = True
             return None
+        texts = [*self._active, *newcomers]
+        memory.wire(self, self._bytes(len(self._rows), texts))
         return _Arriving(newcomers, self._arrive(newcomers, free[: len(newcomers)]))
 
     def _arrive(self, newcomers: "list[Row]", places: list[int]) -> Iterator[None]:

@@ -10,11 +10,7 @@ Ctrl-C is clean.
 if __name__ == "__main__":
     import system.startup  # noqa: F401  (first: see there)
 
-import os
-import sys
-from contextlib import suppress
-
-from system.errors import InputError, run
+from system.errors import InputError, leave, run
 
 
 def main() -> int:
@@ -31,9 +27,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    status = run(main, "serve.py")
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):
-            stream.flush()
     # MLX may abort a process that is taken down after a thread of its has computed.
-    os._exit(status)
+    leave(run(main, "serve.py"))

@@ -47,22 +47,22 @@ def load(folder: Path, how: Loading = USUAL) -> T5:
     quantized = [path for path in linear_paths(model) if f"{path}.scales" in stored]
     dtype = prepare(how.dtype, how.compiles)
     become = partial(dtype_of, dtype=dtype)
-    unpacked = bool(quantized) and on_cpu()
+    unpacked = set(quantized) if on_cpu() else set()
     whole = parameter_shapes(model)
     if quantized:
         quantize(model, config.quantization, quantized)
     parameters = dict(tree_flatten(model.parameters()))
-
     if unpacked or (dtype and not quantized):
         size = _bytes(whole, become)
     else:
         size = stored.bytes()
     prepare_memory(size, folder)
-    packed = set(quantized) if unpacked else set()
     weights = stored.load(
         parameters,
         # What packed numbers are multiplied with: they are rounded once, unpacked.
-        lambda name: mx.float32 if name.rpartition(".")[0] in packed else become(name),
+        lambda name: (
+            mx.float32 if name.rpartition(".")[0] in unpacked else become(name)
+        ),
     )
     if unpacked:
         for path in quantized:
@@ -175,5 +175,6 @@ def open_session(
         InputError: as :func:`load`.
     """
     # Loaded before anything is as large as the config says: it fits the weights then.
+    how = how._replace(compiled=how.compiles)  # it is looked up once
     model = load(folder, how)
     return session(model, vocabulary, tokenizer.gaps(vocabulary), how.compiles)

@@ -100,6 +100,14 @@ def _no_memory(error: Exception) -> str:
     return f"no memory is left ({reason}): shorten the prompt, or take a smaller model"
 
 
+def leave(status: int) -> NoReturn:
+    """End the process with what it has written, and nothing of it taken down."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(status)
+
+
 def run(main: Callable[[], int | None], name: str) -> int:
     """Call ``main`` and return the exit status that a command line should have.
 
