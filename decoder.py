@@ -30,6 +30,7 @@ from weakref import WeakValueDictionary
 import mlx.core as mx
 
 from speculation.drafting import Drafter
+from speculation.groups import Group
 from speculation.lookup import Lookup
 from speculation.policy import Auto, Fixed, Plan, Policy
 from speculation.proposing import Proposer
@@ -42,6 +43,7 @@ from speculation.rounds import Round, launch
 from speculation.rows import Row
 from speculation.samplers import RoundSampler, Rules
 from speculation.session import CHUNK, Session
+from speculation.trees import TreeRound, launch_trees
 from system import fast_blas, memory
 from system.device import on_gpu
 from system.errors import InputError, NoRoomError, PromptError, blame_prompt
@@ -196,7 +198,13 @@ class Engine:
         if rules is None:
             rules = Rules(self._target.vocabulary, sampling, request.delta, ends)
             self._rules[key] = rules
-        row = Row(next(self._ids), request, rules)
+        searched = request.beams is not None and request.beams.num_beams > 1
+        if searched and not self._target.trees:
+            raise InputError(
+                "num-beams is above 1, but only models with an encoder are searched "
+                "with beams here"
+            )
+        row = (Group if searched else Row)(next(self._ids), request, rules)
         self._texts[row.id] = row
         self._waiting.append(row)
         return row.id
@@ -246,7 +254,7 @@ class Engine:
             if row and not row.finished:
                 commit = row.commit(outcome, partial(current.fault, place))
                 commits += [commit] if commit else []
-                seen.append((place, row, outcome, commit))
+                seen.append((place, row, outcome))
             if outcome.finite < current.positions:
                 self._odd.add(place)
         # A GPU is kept busy with plain rounds that were queued ahead: others of them
@@ -266,9 +274,11 @@ class Engine:
         """Have the target's caches hold what is committed, but for each last token."""
         if not self._active and self._arriving is None:
             return  # what begins next finds out itself what it can use
-        self._target.rewind([len(row.sequence) - 1 if row else 0 for row in self._rows])
+        self._target.rewind([row.cached if row else 0 for row in self._rows])
         if self._odd:
-            self._target.wipe(sorted(self._odd))
+            odd = sorted(self._odd)
+            rows = [self._rows[place] for place in odd]
+            self._target.wipe(odd, [row.holes() if row else [] for row in rows])
             self._odd.clear()
 
     def _forget_odd(self) -> None:
@@ -278,12 +288,18 @@ class Engine:
             self._target.forget()
             self._odd.clear()
 
-    def _launch(self) -> "Round | None":
+    def _launch(self) -> "Round | TreeRound | None":
         """The next round, on its way; None where no row is anybody's."""
         active = self._active
         if not active:
             return None
         plan = self._drafts.plan(self._rows)
+        if active[0].width > 1:
+            tree = launch_trees(
+                self._target, self._drafts.session, self._rows, plan.steps
+            )
+            tree.plan = plan
+            return tree
         found = self._drafts.looked_up(self._rows, plan)
         samplers = [row and row.sampler for row in self._rows]
         sampler = RoundSampler(samplers, plan.size, certain=found)
@@ -299,7 +315,8 @@ class Engine:
         that one runs, and on a GPU queued as well. On a CPU, with no latency to hide, a
         last round in vain would cost more.
         """
-        if all(row.budget < 2 for row in self._active):
+        # How beams go on is decided by the host.
+        if all(row.budget < 2 or row.width > 1 for row in self._active):
             return None
         mx.async_eval(current.report)
         if None in self._rows:  # which stay at their beginning, whatever they are fed
@@ -388,6 +405,10 @@ class Engine:
         if self._held or not few or len(free) < few:
             return None
         newcomers = self._next_waiting(len(free))
+        if newcomers and newcomers[0].width != self._active[0].width:
+            self._waiting.extendleft(reversed(newcomers))
+            self._held = True
+            return None
         longest = max((len(row.request.prompt) for row in newcomers), default=0)
         if self._target.has_encoder and longest > LONGEST_BESIDE:
             self._waiting.extendleft(reversed(newcomers))
@@ -442,6 +463,8 @@ class Engine:
             if newcomers and (
                 row.apart
                 or newcomers[0].apart
+                # A batch has trees with as many beams, or none.
+                or newcomers[0].width != row.width
                 # What is encoded together is padded to the longest.
                 or (len(newcomers) + 1) * longest > PADDED * sum_of + CHUNK
             ):
@@ -491,7 +514,7 @@ class Engine:
     def _bytes(self, rows: int, texts: list[Row]) -> int:
         """What the caches of so many rows take, with these texts in them."""
         prompt = max(len(row.request.prompt) for row in texts)
-        answer = max(row.request.max_tokens for row in texts)
+        answer = max(row.request.max_tokens * row.width for row in texts)
         size = self._target.batch_bytes(rows, prompt, answer)
         return size + self._drafts.batch_bytes(rows, prompt, answer)
 

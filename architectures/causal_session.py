@@ -61,7 +61,7 @@ class CausalSession:
         self.vocabulary = vocabulary
         self.positions = positions
         self.batches = batches
-        self.has_encoder = False
+        self.has_encoder = self.trees = False
         self.parameters = parameter_count(model)
         self.lengths: list[int] = []
         self._ban = ban(vocabulary, banned) if banned else None
@@ -161,9 +161,9 @@ class CausalSession:
         mx.eval([(cache.keys, cache.values) for cache in self._caches])
         self.lengths = lengths
 
-    def wipe(self, rows: list[int]) -> None:
-        """Have zeros behind the cached positions of these rows: what is masked there
-        spreads if it is not finite."""
+    def wipe(self, rows: list[int], holes: Collection[list[int]] = ()) -> None:
+        """Have zeros behind the cached positions of these rows, which have no holes:
+        what is masked there spreads if it is not finite."""
         for cache in self._caches:
             cache.wipe(rows)
 

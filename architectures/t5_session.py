@@ -53,8 +53,23 @@ class _Logits:
     def __call__(
         self, tokens: mx.array, caches: list[LayerCache], step: Step, early: bool
     ) -> mx.array:
-        logits = self._decode(tokens, caches, step, early)[..., : self._vocabulary]
+        return self._emitted(self._decode(tokens, caches, step, early))
+
+    def _emitted(self, logits: mx.array) -> mx.array:
+        logits = logits[..., : self._vocabulary]
         return logits if self._ban is None else logits + self._ban
+
+
+class _Scores(_Logits):
+    """The same, and the logarithm that makes them log-probabilities (B, T, 1): that of
+    all ids, those too that may not be emitted."""
+
+    def __call__(
+        self, tokens: mx.array, caches: list[LayerCache], step: Step, early: bool
+    ) -> tuple[mx.array, mx.array]:
+        logits = self._decode(tokens, caches, step, early)
+        total = mx.logsumexp(logits.astype(mx.float32), axis=-1, keepdims=True)
+        return self._emitted(logits), total
 
 
 class _Traced:
@@ -70,8 +85,8 @@ class _Traced:
         biases: list[mx.array],
         padding: mx.array | None,
         arrays: list[list[mx.array]],
-    ) -> tuple[mx.array, list[tuple[mx.array, mx.array]]]:
-        """Logits, and each layer's keys and values then."""
+    ) -> tuple[Any, list[tuple[mx.array, mx.array]]]:
+        """What it is of, and each layer's keys and values then."""
         caches = [LayerCache(*each) for each in arrays]
         step = Step(Places(*places), biases, padding)
         logits = self._logits(tokens, caches, step, early=False)  # there are no values
@@ -107,12 +122,13 @@ class T5Session:
         self.vocabulary = min(vocabulary or math.inf, model.config.vocab_size)
         self.positions = None  # a relative position bias has no end
         self.batches = True
-        self.has_encoder = True
+        self.has_encoder = self.trees = True
         self.parameters = parameter_count(model)
         self._bias_of: dict[int, list[mx.array]] = {}  # by capacity
         self._logits = _Logits(model, self.vocabulary, banned)
-        # It knows nothing of this session, which would have to wait for a collection.
-        self._compiled = mx.compile(_Traced(self._logits)) if compiled else None
+        self._scores = _Scores(model, self.vocabulary, banned)
+        self._compiles = compiled
+        self._compiled: dict[_Logits, Any] = {}
         self._shapes: set[Any] = set()  # that were traced
         self.forget()
 
@@ -130,7 +146,7 @@ class T5Session:
         """
         sources = finish(self._encode(prompts, beside=False))
         longest = max(map(len, prompts))
-        room = source_room(longest) if self._compiled else max(longest, fewest_keys())
+        room = source_room(longest) if self._compiles else max(longest, fewest_keys())
         sources = [(_with_room(k, room), _with_room(v, room)) for k, v in sources]
         self._capacity = self.first_capacity
         # One for all: the first write to it makes a copy.
@@ -187,13 +203,17 @@ class T5Session:
         self._fit()
         mx.eval([vars(cache) for cache in self._caches])
 
-    def wipe(self, rows: list[int]) -> None:
-        """Have zeros behind the cached positions of these rows: what is masked there
-        spreads if it is not finite."""
+    def wipe(self, rows: list[int], holes: Collection[list[int]] = ()) -> None:
+        """Have zeros behind the cached positions of these rows, and in the holes
+        between those: what is masked there spreads if it is not finite."""
         for cache in self._caches:
             for row in rows:
                 cache.keys = wipe_row(cache.keys, row, self.lengths[row])
                 cache.values = wipe_row(cache.values, row, self.lengths[row])
+            for row, its in zip(rows, holes, strict=False):
+                if its:
+                    cache.keys[row, :, mx.array(its)] = 0
+                    cache.values[row, :, mx.array(its)] = 0
 
     def _encode(
         self, prompts: list[list[int]], beside: bool
@@ -230,7 +250,7 @@ class T5Session:
 
     def _mask(self, lengths: list[int], room: int) -> mx.array | None:
         """Additive mask (B, 1, 1, S) of sources so long; None where S is no more."""
-        if min(lengths) == room and not self._compiled:  # that would be another shape
+        if min(lengths) == room and not self._compiles:  # that would be another shape
             return None
         padding = np.where(np.arange(room) < np.array(lengths)[:, None], 0, -np.inf)
         return mx.array(padding[:, None, None].astype(np.float32)).astype(
@@ -274,19 +294,54 @@ class T5Session:
             new, dtype=np.int32
         )
         places = Places.of(rows, self._capacity)
-        if self._compiled:
-            self._count_shape(tokens.shape, places.at.ndim)
-            arrays = [list(vars(cache).values()) for cache in self._caches]
-            logits, written = self._compiled(
-                tokens, places, self._biases(), self._padding, arrays
-            )
-            for cache, (keys, values) in zip(self._caches, written, strict=True):
-                cache.keys, cache.values = keys, values
-        else:
-            step = Step(places, self._biases(), self._padding)
-            logits = self._logits(tokens, self._caches, step, early=True)
+        logits = self._pass(self._logits, tokens, places)
         self.lengths = [length + new for length in self.lengths]
         return logits
+
+    def extend_tree(
+        self, tokens: mx.array, slots: np.ndarray, back: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """Put tokens (B, T) anywhere in the caches, each to attend to what is said.
+
+        Args:
+            slots: (B, T), the position of each.
+            back: (B, T, n), how many tokens before each those of the first n positions
+                are, itself 0 before; -1 for what it does not see.
+
+        Returns:
+            Logits (B, T, vocabulary), and the logarithm that makes them
+            log-probabilities, float32 (B, T, 1).
+        """
+        self._reserve(max(int(slots.max()) + 1, back.shape[2]))
+        room = self._capacity
+        if back.shape[2] < room:
+            more = [(0, 0), (0, 0), (0, room - back.shape[2])]
+            back = mx.pad(back, more, constant_values=-1)
+        # The bias of what is not seen comes last.
+        back = mx.where(back < 0, room, back)
+        places = Places(mx.array(slots[:, None, :, None]), back)
+        scored = self._pass(self._scores, tokens, places)
+        used = (slots.max(axis=1) + 1).tolist()
+        self.lengths = list(map(max, self.lengths, used))
+        return scored
+
+    def _pass(self, of: _Logits, tokens: mx.array, places: Places) -> Any:
+        """A pass over the decoder."""
+        if not self._compiles:
+            step = Step(places, self._biases(), self._padding)
+            return of(tokens, self._caches, step, early=True)
+        self._count_shape(of is self._scores, tokens.shape, places.at.ndim)
+        if of not in self._compiled:
+            # It knows nothing of this session, which would have to wait for a
+            # collection.
+            self._compiled[of] = mx.compile(_Traced(of))
+        arrays = [list(vars(cache).values()) for cache in self._caches]
+        found, written = self._compiled[of](
+            tokens, places, self._biases(), self._padding, arrays
+        )
+        for cache, (keys, values) in zip(self._caches, written, strict=True):
+            cache.keys, cache.values = keys, values
+        return found
 
     def _count_shape(self, *shape: Any) -> None:
         """Forget all traces, when there are many: each takes a megabyte, for good."""
@@ -294,7 +349,7 @@ class T5Session:
         self._shapes.add((*shape, self._capacity, room))
         if len(self._shapes) > MOST_TRACES:
             self._shapes.clear()
-            self._compiled = mx.compile(_Traced(self._logits))
+            self._compiled.clear()
 
     def rewind(self, lengths: list[int]) -> None:
         """Forget all but the first ``lengths[b]`` cached positions of each row b.

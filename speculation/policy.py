@@ -51,6 +51,9 @@ _PLAIN_RUN = 2
 _TEXT = 32.0, 1.0
 #: Draft tokens that were taken and those of them that ended a text, to begin with.
 _CLOSING = 8.0, 0.1
+#: The most steps that a draft grows beams by, and the most numbers of beams that are
+#: remembered.
+_MOST_STEPS, _MOST_WIDTHS = 8, 16
 #: The most kinds of rules whose acceptance is kept.
 _MOST_KINDS = 64
 #: Of :attr:`samplers.Rules.kind`.
@@ -125,6 +128,9 @@ class Policy(Protocol):
     most: int
     drafting: bool
 
+    def of(self, width: int) -> "Policy":
+        """Who decides about texts that are searched for with so many beams; 1: none."""
+
     def choose(self, batch: int, rows: Sequence[Prospect]) -> Plan:
         """What to draft in the next round of ``batch`` rows, of which ``rows`` are
         somebody's."""
@@ -158,6 +164,10 @@ class Fixed:
     def __init__(self, num_draft: int):
         self.most = num_draft
         self.drafting = num_draft > 0
+
+    def of(self, width: int) -> "Fixed":
+        """As :class:`Policy` has it."""
+        return self
 
     def choose(self, batch: int, rows: Sequence[Prospect]) -> Plan:
         """As :class:`Policy` has it."""
@@ -225,6 +235,18 @@ class Auto:
         self._settled = False  # whether the last plain round was for want of a gain
         self._balance = 0.0  # plain rounds that drafting has saved, lost if negative
         self._worth = 0.0  # plain rounds that all tokens would have taken
+        self._searching: dict[int, Auto] = {}  # by the number of beams
+
+    def of(self, width: int) -> "Auto":
+        """As :class:`Policy` has it. Where ``choose`` speaks of tokens, those are steps
+        of the search."""
+        if width == 1:
+            return self
+        if width not in self._searching:
+            step, token = self._prior
+            its = Auto(min(self.most, _MOST_STEPS), step=step, token=token * width)
+            self._searching[width] = its
+        return self._searching[width]
 
     def choose(self, batch: int, rows: Sequence[Prospect]) -> Plan:
         """As :class:`Policy` has it."""
@@ -483,6 +505,10 @@ class Auto:
             "pause": self._pause,
             "balance": self._balance,
             "worth": min(self._worth, _MOST_TOKENS),
+            "beams": {
+                str(width): its.as_dict()
+                for width, its in list(self._searching.items())[-_MOST_WIDTHS:]
+            },
         }
 
     def restore(self, value: Any) -> None:
@@ -494,6 +520,7 @@ class Auto:
             self._tokens, self._texts, self._pause = *_TEXT, _FIRST_PAUSE
             self._taken, self._closing = _CLOSING
             self._balance = self._worth = 0.0
+            self._searching = {}
 
     def _restore(self, value: Any) -> None:
         if value["most"] != self.most:
@@ -520,6 +547,9 @@ class Auto:
         self._tokens, self._texts = 4 * length, 4.0
         self._taken, self._closing = _TEXT[0], _TEXT[0] * closing
         self._pause = min(max(int(value["pause"]), _FIRST_PAUSE), _LONGEST_PAUSE)
+        for width, its in value.get("beams", {}).items():
+            if int(width) > 1:
+                self.of(int(width)).restore(its)
 
     def _costs_of(self, batch: int) -> Costs:
         if batch not in self._costs:

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Iterable
 
 import mlx.core as mx
 import numpy as np
@@ -10,10 +11,9 @@ from speculation.acceptance import Draft
 from speculation.drafting import Drafter
 from speculation.lookup import NOTHING, Found, Lookup
 from speculation.policy import Fate, Fixed, Plan, Policy, Prospect
-from speculation.requests import Commit
 from speculation.rows import Outcome, Row
 from speculation.samplers import RoundSampler
-from speculation.session import Preparing, finish
+from speculation.session import Preparing, Session, finish
 from system.errors import PromptError
 
 #: What is fed to a row that the draft model does not have.
@@ -54,6 +54,21 @@ class Proposer:
         self._found: list[Found] = []
         self._told = False  # whether the round drafts what its texts ask for
         self._entering, self._entered = 0.0, 0  # before the round: seconds, rows
+
+    @property
+    def session(self) -> Session | None:
+        """The draft model's, where it can grow trees."""
+        session = getattr(self._drafter, "session", None)
+        return session if session is not None and session.trees else None
+
+    @staticmethod
+    def _width(rows: Iterable[Row | None]) -> int:
+        """Beams of each text, which all of a batch have alike."""
+        return next((row.width for row in rows if row), 1)
+
+    def _policy_of(self, rows: Iterable[Row | None]) -> Policy:
+        """What decides for such texts."""
+        return self.policy.of(self._width(rows))
 
     # Rows.
 
@@ -101,6 +116,7 @@ class Proposer:
         for row in rows:
             room = len(row.request.prompt) < self._draft_positions
             row.asked = self._drafter is not None and room
+            row.asked &= row.width == 1 or self.session is not None
             row.entered = False
 
     # Rounds.
@@ -110,7 +126,7 @@ class Proposer:
         that."""
         while True:
             prospects = self._prospects(rows)
-            plan = self.policy.choose(len(rows), prospects)
+            plan = self._policy_of(rows).choose(len(rows), prospects)
             asked = self._asked(rows)
             self._told = asked > plan.size
             if self._told:
@@ -119,7 +135,7 @@ class Proposer:
                 return plan
             began = time.perf_counter()
             ready = self._enter(rows, plan)
-            if ready:
+            if ready and self._width(rows) == 1:
                 self._follow(rows)
             self._entering += time.perf_counter() - began
             if ready:
@@ -129,7 +145,8 @@ class Proposer:
         """As :meth:`Policy.stays_plain`."""
         if self._asked(rows):
             return False
-        return self.policy.stays_plain(len(rows), self._prospects(rows))
+        policy = self._policy_of(rows)
+        return policy.stays_plain(len(rows), self._prospects(rows))
 
     def _asked(self, rows: list[Row | None]) -> int:
         """How many draft tokens texts ask for by themselves."""
@@ -188,34 +205,34 @@ class Proposer:
     def observe(
         self,
         plan: Plan,
-        seen: list[tuple[int, Row, Outcome, Commit | None]],
+        seen: list[tuple[int, Row, Outcome]],
         batch: int,
         seconds: float | None,
     ) -> None:
         """Have the policy know what became of a round of so many rows.
 
         Args:
-            seen: the places of rows, what became of their drafts, and what was added.
+            seen: the places of rows, and what became of their drafts.
             seconds: from :meth:`plan` on; None where they say nothing.
         """
         fates = [
             Fate(
                 row.kind,
                 self._found[place].match if outcome.found else 0,
-                len(outcome.draft),
-                commit.accepted if commit else 0,
-                len(commit.tokens) if commit else 0,
+                outcome.size,
+                row.taken,
+                row.added,
                 row.finished,
             )
-            for place, row, outcome, commit in seen
+            for place, row, outcome in seen
         ]
         if seconds is not None:
             seconds -= self._entering
         if plan.steps:
-            for _, row, _, _ in seen:
+            for _, row, _ in seen:
                 row.followed = len(row.sequence) if row.entered else row.followed
-        if not self._told:  # of what it did not choose it has nothing to answer for
-            self.policy.observe(
+        if seen and not self._told:  # of what it did not choose it has nothing to answer for
+            self._policy_of(row for _, row, _ in seen).observe(
                 batch, plan, fates, seconds, self._entering, self._entered
             )
         self._entering, self._entered = 0.0, 0
@@ -234,7 +251,7 @@ class Proposer:
             row.asked &= self._draft_positions - len(row.sequence) >= self._most
             row.entered &= row.asked  # or it would be fed, beside others
             most = max(0, min(self._most, row.most_drafted, left))
-            if self._lookup and most:
+            if self._lookup and most and row.width == 1:
                 self._found[place] = self._lookup.find(
                     place, row.sequence, most, row.request.eos_tokens
                 )

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any
 
+from speculation.beams import Beams, Hypothesis
 from speculation.sampling import GREEDY, Sampling
 from system.errors import InputError
 
@@ -130,6 +131,7 @@ class Request:
         stream: what tells its random numbers from those of others, beside the seed.
         num_draft: K for this text alone, as far as the engine drafts so many; None for
             what the engine decides. Texts beside it may have as many.
+        beams: a beam search for it; None, or one beam, for none.
 
     Raises:
         InputError: an option out of range.
@@ -142,9 +144,11 @@ class Request:
     sampling: Sampling = GREEDY
     stream: tuple[int, ...] = (0,)
     num_draft: int | None = None
+    beams: Beams | None = None
 
     def __post_init__(self) -> None:
         check_options(self.max_tokens, self.num_draft or 0, self.delta)
+        check_beams(self.beams, self.sampling, self.delta)
         self.sampling.coupling_at(self.delta)  # raises where they do not go together
         if not all(isinstance(n, int) and n >= 0 for n in self.stream):
             raise InputError(
@@ -165,6 +169,9 @@ class Commit:
         stats: its figures so far.
         error: why it failed: its prompt could not be begun with, or there was no next
             token to choose.
+        hypotheses: with the last commit of a beam search all texts that it finished,
+            best first: the first is the text of all its commits. At most as many as
+            beams, and fewer where its rules leave fewer.
     """
 
     id: int
@@ -173,6 +180,22 @@ class Commit:
     finish_reason: str | None
     stats: Stats
     error: InputError | None = None
+    hypotheses: tuple[Hypothesis, ...] = ()
+
+
+def check_beams(beams: Beams | None, sampling: Sampling, delta: float) -> None:
+    """Raise an InputError where a beam search does not go with the other options."""
+    if beams is None or beams.num_beams == 1:
+        return
+    if not sampling.greedy:
+        raise InputError(
+            "num-beams is above 1, and a beam search draws nothing: leave the "
+            "temperature at 0"
+        )
+    if delta > 0:
+        raise InputError(
+            "delta is above 0, and a beam search is exactly the target's: leave it at 0"
+        )
 
 
 def check_options(max_tokens: int, num_draft: int, delta: float) -> None:

@@ -44,16 +44,21 @@ class Round:
 
     def fault(self, row: int) -> InputError:
         """Why there is no next token in that row."""
-        if mx.isfinite(self.logits[row].max(axis=-1)).all().item():
-            return InputError(
-                "no token is left to choose: the rules together (suppressed tokens, "
-                "no-repeat-ngram-size, min-new-tokens, ...) ban them all"
-            )
+        return fault_of(self.logits[row])
+
+
+def fault_of(logits: mx.array) -> InputError:
+    """Why there is no next token, of a row's logits (T, V)."""
+    if mx.isfinite(logits.max(axis=-1)).all().item():
         return InputError(
-            "the model's logits are not finite: its activations overflow in this dtype "
-            "or its weights are damaged; convert it again, with --dtype bfloat16 or "
-            "float32"
+            "no token is left to choose: the rules together (suppressed tokens, "
+            "no-repeat-ngram-size, min-new-tokens, ...) ban them all"
         )
+    return InputError(
+        "the model's logits are not finite: its activations overflow in this dtype "
+        "or its weights are damaged; convert it again, with --dtype bfloat16 or "
+        "float32"
+    )
 
 
 def launch(target: Session, sampler: RoundSampler, draft: Draft | None) -> Round:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from speculation.beams import Hypothesis
 from speculation.drafting import up_to_end
 from speculation.requests import Commit, Request, Stats
 from speculation.samplers import RowSampler, Rules
@@ -21,13 +22,18 @@ class Outcome(NamedTuple):
     draft: list[int]
     found: bool = False  # whether that was looked up
 
+    @property
+    def size(self) -> int:
+        """How many tokens were drafted."""
+        return len(self.draft)
+
 
 class Row:
     """One text: its committed tokens, and the only place that knows when it ends.
 
     Attributes:
         id: its request's number.
-        kind: of its rules.
+        rules: how its tokens are chosen, and ``kind``, theirs.
         sampler: how its tokens are chosen.
         sequence: the tokens that decoding started from and those committed since.
         budget: tokens that it may still get.
@@ -37,7 +43,11 @@ class Row:
         followed: how many of its tokens there were when the draft model last drafted.
         apart: whether it is to be begun with by itself.
         finished: whether it gets no more.
+        width: beams that it is searched for with; 1 for none.
+        taken, added: draft tokens that its last round committed, and all that it did.
     """
+
+    width = 1
 
     def __init__(self, number: int, request: Request, rules: Rules):
         self.id = number
@@ -47,14 +57,19 @@ class Row:
         self.budget = request.max_tokens
         self.drafted = True
         self.asked = self.entered = self.apart = self.finished = False
-        self.followed = 0
+        self.followed = self.taken = self.added = 0
         self.kind = rules.kind
-        self._rules = rules
+        self.rules = rules
         self._stats = Stats()
         # The last token of a budget is the target's own, where that is what a draft
         # token would have to be. Elsewhere it may be a draft token: a larger budget
         # must give the same text. Nothing is drafted for what comes after it.
         self._last = 1 if rules.chosen else 0
+
+    @property
+    def cached(self) -> int:
+        """How many positions of the caches are its own, but for what is fed next."""
+        return len(self.sequence) - 1
 
     @property
     def most_drafted(self) -> int:
@@ -87,7 +102,7 @@ class Row:
             )
         request = self.request
         self.sampler = RowSampler(
-            self._rules,
+            self.rules,
             first,
             request.prompt,
             request.sampling.seed or 0,
@@ -116,13 +131,14 @@ class Row:
             then it goes on without one.
         """
         accepted, draft = outcome.accepted, outcome.draft
-        ends = self._rules.eos_tokens
+        ends = self.rules.eos_tokens
         block = [*draft[:accepted], outcome.next_token][: self.budget]
         block = up_to_end(block, ends)
         if outcome.finite < len(block):
             if draft:
                 self.drafted = False
-                self._count(outcome, 0, 0)
+                self.taken = self.added = 0
+                self._count(len(draft), outcome.found, 0, 0)
                 return None
             return self.fail(fault())
         self.sequence += block
@@ -132,21 +148,34 @@ class Row:
         self.finished = reason is not None
 
         taken = min(accepted, len(block))
-        self._count(outcome, taken, taken < len(block) and accepted < len(draft))
+        self.taken, self.added = taken, len(block)
+        rejected = taken < len(block) and accepted < len(draft)
+        self._count(len(draft), outcome.found, taken, rejected)
+        return self._commit(block, taken, reason)
+
+    def _commit(
+        self,
+        tokens: list[int],
+        accepted: int,
+        reason: str | None,
+        hypotheses: tuple[Hypothesis, ...] = (),
+    ) -> Commit:
         stats = self._stats
-        stats.new_tokens += len(block)
+        stats.new_tokens += len(tokens)
         stats.decode_seconds = time.perf_counter() - self._started
         stats.peak_memory_bytes = mx.get_peak_memory()
-        return Commit(self.id, block, taken, reason, stats.copy())
+        return Commit(
+            self.id, tokens, accepted, reason, stats.copy(), hypotheses=hypotheses
+        )
 
-    def _count(self, outcome: Outcome, accepted: int, rejected: int) -> None:
+    def _count(self, drafted: int, found: bool, accepted: int, rejected: int) -> None:
         """A round, of which so many draft tokens were judged."""
-        stats, drafted = self._stats, len(outcome.draft)
+        stats = self._stats
         stats.rounds += 1
         stats.drafted += drafted
         stats.accepted += accepted
         stats.tested += accepted + rejected
-        if outcome.found:
+        if found:
             stats.found += accepted + rejected
             stats.found_accepted += accepted
         stats.accept_histogram += [0] * (accepted + 1 - len(stats.accept_histogram))

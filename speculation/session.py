@@ -1,9 +1,10 @@
 """What the decoding loop asks of a model: its session, one batch and its caches."""
 
-from collections.abc import Generator, Iterator
+from collections.abc import Collection, Generator, Iterator
 from typing import Any, Protocol
 
 import mlx.core as mx
+import numpy as np
 
 from system.errors import PromptError
 
@@ -20,6 +21,7 @@ class Session(Protocol):
         batches: whether several rows at once are known to get the right text.
         has_encoder: whether decoding starts from a token of its own, not from the
             prompt.
+        trees: whether a row may be a tree: whether there is :meth:`extend_tree`.
         parameters: how many numbers the model has.
     """
 
@@ -27,6 +29,7 @@ class Session(Protocol):
     positions: int | None
     batches: bool
     has_encoder: bool
+    trees: bool
     parameters: int
 
     def start(self, prompts: list[list[int]]) -> list[list[int]]:
@@ -45,12 +48,18 @@ class Session(Protocol):
         """Have these rows instead, of which some may be the same, and behind them some
         that are nobody's."""
 
-    def wipe(self, rows: list[int]) -> None:
-        """Have zeros behind the cached positions of these rows: what is masked there
-        spreads if it is not finite."""
+    def wipe(self, rows: list[int], holes: Collection[list[int]] = ()) -> None:
+        """Have zeros behind the cached positions of these rows, and in the holes
+        between those: what is masked there spreads if it is not finite."""
 
     def extend(self, tokens: mx.array) -> mx.array:
         """Append tokens (B, T); logits (B, T, V), those at t for the token after it."""
+
+    def extend_tree(
+        self, tokens: mx.array, slots: np.ndarray, back: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """Put tokens (B, T) anywhere in the caches, each to attend to what is said;
+        see :meth:`T5Session.extend_tree`."""
 
     def rewind(self, lengths: list[int]) -> None:
         """Forget all but the first ``lengths[b]`` cached positions of each row b."""
