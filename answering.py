@@ -66,6 +66,7 @@ class Generation:
             came to no end.
         stats: the figures so far (:class:`requests.Stats`).
         error: why it came to no end.
+        score: what a beam search gives it (:class:`beams.Hypothesis`), else None.
         tag: its :class:`Question`'s.
     """
 
@@ -82,6 +83,7 @@ class Generation:
         self.finish_reason: str | None = None
         self.stats = Stats()
         self.error: InputError | None = None
+        self.score: float | None = None
         self.tag = tag
         self._decode = decode
         self._pieces = self._stream(commits)
@@ -117,6 +119,8 @@ class Generation:
         self.finish_reason = commit.finish_reason
         self.error = commit.error
         self.tokens += commit.tokens
+        if commit.hypotheses:
+            self.score = commit.hypotheses[0].score
 
     def _stream(self, commits: Iterable[Commit]) -> Iterator[Piece]:
         stream = TextStream(self._decode)

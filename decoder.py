@@ -198,7 +198,7 @@ class Engine:
         if rules is None:
             rules = Rules(self._target.vocabulary, sampling, request.delta, ends)
             self._rules[key] = rules
-        searched = request.beams is not None and request.beams.num_beams > 1
+        searched = request.width > 1
         if searched and not self._target.trees:
             raise InputError(
                 "num-beams is above 1, but only models with an encoder are searched "

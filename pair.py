@@ -27,6 +27,7 @@ from architectures.loading import USUAL, Loading
 from checkpoints.defaults import Defaults, DefaultsError, Files
 from checkpoints.storing import DTYPES
 from decoder import Engine
+from speculation.beams import Beams
 from speculation.drafting import Drafter, ModelDrafter
 from speculation.lookup import Lookup
 from speculation.policy import Auto
@@ -191,8 +192,11 @@ class Pair:
         sampling: Sampling = GREEDY,
         stream: int = 0,
         keep_special: bool = False,
+        beams: Beams | None = None,
     ) -> list[Generation]:
         """Answer a prompt ``count`` times, together: it is encoded once.
+
+        With ``beams`` these are the best texts of one search, best first.
 
         The texts are decoded as a result is iterated; iterating one decodes all.
 
@@ -205,6 +209,7 @@ class Pair:
             stream: with another number a sample of the same seed is another one.
             keep_special: show special tokens, ``<extra_id_0>`` say, in the text, but
                 not what ends or pads it.
+            beams: of :class:`requests.Request`.
 
         Raises:
             PromptError: at once, for a conversation that is none; while iterating, for
@@ -222,6 +227,7 @@ class Pair:
             max_tokens=max_tokens,
             delta=delta,
             sampling=sampling,
+            beams=beams,
         )
         decode = self.decoder(keep_special)
         text = last_text(prompt)
@@ -289,6 +295,7 @@ class Pair:
                     max(len(request.prompt) for request in requests),
                     max(request.max_tokens for request in requests),
                     num_draft,
+                    max(request.width for request in requests),
                 )
             return self.engine(rows, num_draft), rows
 
@@ -308,6 +315,7 @@ class Pair:
         stream: int = 0,
         sample: int = 0,
         num_draft: int | None = None,
+        beams: Beams | None = None,
     ) -> Request:
         """What asks an :meth:`engine` for the answer to a prompt; see :meth:`samples`.
         ``num_draft`` is for this text alone, see :class:`requests.Request`.
@@ -320,7 +328,14 @@ class Pair:
             encoded = self._encode(prompt)
         streams = stream, sample
         return Request(
-            encoded, self.eos_tokens, max_tokens, delta, sampling, streams, num_draft
+            encoded,
+            self.eos_tokens,
+            max_tokens,
+            delta,
+            sampling,
+            streams,
+            num_draft,
+            beams,
         )
 
     def engine(self, rows: int, num_draft: int | None = None) -> Engine:
@@ -379,14 +394,17 @@ class Pair:
             self._remembered = time.monotonic()
             self.remember()
 
-    def batch_size(self, prompt: int, answer: int, num_draft: int | None) -> int:
+    def batch_size(
+        self, prompt: int, answer: int, num_draft: int | None, width: int = 1
+    ) -> int:
         """How many texts, of prompts and answers of up to so many tokens, are decoded
-        at once where nobody says how many."""
+        at once where nobody says how many; each with so many beams."""
         free = memory.free()
-        rows = MOST_ROWS
+        rows = max(1, MOST_ROWS // width)
+        answer *= width
         # A pass has logits for every draft token, and judging makes more of them.
         size = _MANY if num_draft is None else num_draft
-        judged = 4 * 4 * (size + 1) * self.target.vocabulary
+        judged = 4 * 4 * (size + 1) * width * self.target.vocabulary
         while free is not None and rows > 1:
             size = rows * judged + self.target.batch_bytes(rows, prompt, answer)
             if self.drafter and num_draft != 0:
@@ -473,9 +491,16 @@ class Pair:
         **options: Any,
     ) -> Iterator[Commit]:
         request = self.request(prompt, stream=stream, **options)
+        searched = request.width > 1
+        if searched and count > request.width:
+            raise InputError(
+                f"num-return-sequences is {count}: a search with {request.width} beams "
+                "has no more texts than that"
+            )
         mine = self._latest = object()
-        engine = self.engine(count, num_draft)
-        for sample in range(count):
+        texts = 1 if searched else count
+        engine = self.engine(texts, num_draft)
+        for sample in range(texts):
             engine.admit(replace(request, stream=(stream, sample)))
         while engine.busy:
             commits = engine.step()
@@ -484,6 +509,8 @@ class Pair:
             for commit in commits:
                 yield commit
                 self._require_latest(mine)
+                if searched and commit.finish_reason:
+                    yield from commit.others(count)
 
     def _require_latest(self, mine: object) -> None:
         if self._latest is not mine:

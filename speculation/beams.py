@@ -72,10 +72,12 @@ class Hypothesis(NamedTuple):
         tokens: that were generated, end-of-sequence included where it was.
         score: the sum of their log-probabilities over the power of their number:
             transformers' ``sequences_scores``.
+        finish_reason: "eos" where it ended, else "length".
     """
 
     tokens: list[int]
     score: float
+    finish_reason: str
 
 
 class Table(NamedTuple):

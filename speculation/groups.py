@@ -18,9 +18,9 @@ class Growth(NamedTuple):
     Attributes:
         fed: the nodes that lacked scores, and ``tables``, those.
         roots: what the draft went on from, best first.
-        drafted: (K, 2, N), step by step which node of the one before each of the
+        drafted: (K, 2, W), step by step which node of the one before each of the
             draft's nodes follows, and its token.
-        slots: (K N,) of those nodes, and ``scored``, their tables.
+        slots: (K W,) of those nodes, and ``scored``, their tables.
     """
 
     fed: list[Node]
@@ -77,7 +77,7 @@ class Group(Row):
 
     def __init__(self, number: int, request: Request, rules: Rules):
         super().__init__(number, request, rules)
-        self.width = request.beams.num_beams
+        self.width = request.width
 
     def begin(
         self, first: list[int], positions: int, seconds: float, now: float
@@ -132,9 +132,7 @@ class Group(Row):
             taken[: len(back)] |= back >= 0
         return taken
 
-    def commit(
-        self, outcome: Growth, fault: Callable[[], InputError]
-    ) -> Commit | None:
+    def commit(self, outcome: Growth, fault: Callable[[], InputError]) -> Commit | None:
         """Take the steps of the search that a round's scores decide.
 
         Args:
@@ -162,12 +160,12 @@ class Group(Row):
         if not search.finished:
             return self.fail(fault())
         self.finished = True
-        best = search.finished[0][1]
-        reason = "eos" if best.token in self.request.eos_tokens else "length"
+        ends = self.request.eos_tokens
         found = tuple(
-            Hypothesis(node.tokens(), score) for score, node in search.finished
+            Hypothesis(node.tokens(), score, "eos" if node.token in ends else "length")
+            for score, node in search.finished
         )
-        return self._more(best, reason, found)
+        return self._more(search.finished[0][1], found[0].finish_reason, found)
 
     def _ends(self) -> list[Node]:
         return [node for _, node in self.search.finished]

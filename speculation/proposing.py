@@ -231,7 +231,9 @@ class Proposer:
         if plan.steps:
             for _, row, _ in seen:
                 row.followed = len(row.sequence) if row.entered else row.followed
-        if seen and not self._told:  # of what it did not choose it has nothing to answer for
+        if (
+            seen and not self._told
+        ):  # of what it did not choose it has nothing to answer for
             self._policy_of(row for _, row, _ in seen).observe(
                 batch, plan, fates, seconds, self._entering, self._entered
             )

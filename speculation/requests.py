@@ -1,5 +1,6 @@
 """A text that is asked for, and what comes of it bit by bit."""
 
+from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
@@ -155,6 +156,11 @@ class Request:
                 f"stream is {self.stream}: it has to be integers from 0 on"
             )
 
+    @property
+    def width(self) -> int:
+        """Beams that it is searched for with; 1 for none."""
+        return self.beams.num_beams if self.beams else 1
+
 
 @dataclass(frozen=True)
 class Commit:
@@ -181,6 +187,22 @@ class Commit:
     stats: Stats
     error: InputError | None = None
     hypotheses: tuple[Hypothesis, ...] = ()
+
+    def others(self, count: int) -> "Iterator[Commit]":
+        """The last commit of a search as ``count`` texts have it but the best, which
+        are numbered from 1 on."""
+        for number in range(1, count):
+            if self.error or number >= len(self.hypotheses):
+                error = self.error or InputError(
+                    f"there are only {len(self.hypotheses)} texts: the rules leave no "
+                    "more of them"
+                )
+                yield Commit(number, [], 0, "error", self.stats, error)
+                continue
+            its = self.hypotheses[number]
+            stats = replace(self.stats, new_tokens=len(its.tokens))
+            reason = its.finish_reason
+            yield Commit(number, its.tokens, 0, reason, stats, hypotheses=(its,))
 
 
 def check_beams(beams: Beams | None, sampling: Sampling, delta: float) -> None:

@@ -11,8 +11,9 @@ draft have every node in the same slot.
          │        └─ d ── f        scores all of them, and the host takes the steps of
          └─ g ─────── h ── i       plain beam search, as far as these numbers reach
 
-Shapes: B = batch, N = beams, K = steps of the draft, U = nodes without scores, T = U + K
-N, those of the pass, n = slots, V = vocabulary, k = continuations of a node.
+Shapes: B = batch, N = beams, W = those of the draft, K = its steps, U = nodes without
+scores, T = U + K W, those of the pass, n = slots, V = vocabulary, k = continuations of
+a node.
 """
 
 import math
@@ -32,6 +33,9 @@ from speculation.samplers import Rules
 from speculation.session import Session
 from system.errors import InputError
 
+#: How many times as many beams the draft has: which of the last ones the target keeps
+#: is what it guesses worst.
+WIDER = 2
 #: Neighbours among the ids, of which the best is looked at first.
 _NEIGHBOURS = 64
 
@@ -42,13 +46,13 @@ class TreeRound:
 
     scores: mx.array  # (B, T, k) float32
     tokens: mx.array  # (B, T, k) int32
-    drafted: list[tuple[mx.array, mx.array]]  # K of (B, N) int32: parents, tokens
+    drafted: list[tuple[mx.array, mx.array]]  # K of (B, W) int32: parents, tokens
     logits: mx.array
     fed: list[list[Node]]
     roots: list[list[Node]]
-    slots: np.ndarray  # (B, K N), of what was drafted
+    slots: np.ndarray  # (B, K W), of what was drafted
     rows: "list[Group | None]"
-    width: int  # N
+    width: int  # W
     plan: Plan | None = None
     positions = 1
 
@@ -66,7 +70,9 @@ class TreeRound:
         size = self.scores.shape[1] - steps * self.width
         found = []
         for row, (fed, roots) in enumerate(zip(self.fed, self.roots, strict=True)):
-            tables = [Table(*each) for each in zip(scores[row], tokens[row])]
+            tables = [
+                Table(*each) for each in zip(scores[row], tokens[row], strict=True)
+            ]
             found.append(
                 Growth(
                     fed,
@@ -124,7 +130,8 @@ def launch_trees(
     Args:
         draft: asked where ``steps`` is above 0, about the rows that it was given.
     """
-    width = max(row.width for row in rows if row)
+    beams = max(row.width for row in rows if row)
+    width = WIDER * beams
     fed = [
         [node for node in row.search.running if node.table is None] if row else []
         for row in rows
@@ -149,7 +156,7 @@ def launch_trees(
     back = _joined(each.back for each in grown)
     logits, total = target.extend_tree(inside, at, back)
     paths = _Level.paths_of(grown) if scorer.chained else None
-    scores, tokens = scorer(logits, total, paths, width)
+    scores, tokens = scorer(logits, total, paths, beams)
     drafted = [(each.parents, each.tokens) for each in grown[1:]]
     return TreeRound(scores, tokens, drafted, logits, fed, roots, levels, rows, width)
 
@@ -238,7 +245,7 @@ class _Growing:
         self._fed: np.ndarray | None = None
 
     def step(self, slots: np.ndarray) -> _Level:
-        """The next level, whose nodes have these slots (B, N)."""
+        """The next level, whose nodes have these slots (B, W)."""
         level = self._level
         if self._fed is not None:
             self._logits = self._feed(level.tokens, self._fed, level.back)
