@@ -127,8 +127,7 @@ class T5Session:
         self._bias_of: dict[int, list[mx.array]] = {}  # by capacity
         self._logits = _Logits(model, self.vocabulary, banned)
         self._scores = _Scores(model, self.vocabulary, banned)
-        self._compiles = compiled
-        self._compiled: dict[_Logits, Any] = {}
+        self._compiled = self._traced() if compiled else None
         self._shapes: set[Any] = set()  # that were traced
         self.forget()
 
@@ -146,7 +145,7 @@ class T5Session:
         """
         sources = finish(self._encode(prompts, beside=False))
         longest = max(map(len, prompts))
-        room = source_room(longest) if self._compiles else max(longest, fewest_keys())
+        room = source_room(longest) if self._compiled else max(longest, fewest_keys())
         sources = [(_with_room(k, room), _with_room(v, room)) for k, v in sources]
         self._capacity = self.first_capacity
         # One for all: the first write to it makes a copy.
@@ -250,7 +249,7 @@ class T5Session:
 
     def _mask(self, lengths: list[int], room: int) -> mx.array | None:
         """Additive mask (B, 1, 1, S) of sources so long; None where S is no more."""
-        if min(lengths) == room and not self._compiles:  # that would be another shape
+        if min(lengths) == room and not self._compiled:  # that would be another shape
             return None
         padding = np.where(np.arange(room) < np.array(lengths)[:, None], 0, -np.inf)
         return mx.array(padding[:, None, None].astype(np.float32)).astype(
@@ -327,14 +326,10 @@ class T5Session:
 
     def _pass(self, of: _Logits, tokens: mx.array, places: Places) -> Any:
         """A pass over the decoder."""
-        if not self._compiles:
+        if not self._compiled:
             step = Step(places, self._biases(), self._padding)
             return of(tokens, self._caches, step, early=True)
         self._count_shape(of is self._scores, tokens.shape, places.at.ndim)
-        if of not in self._compiled:
-            # It knows nothing of this session, which would have to wait for a
-            # collection.
-            self._compiled[of] = mx.compile(_Traced(of))
         arrays = [list(vars(cache).values()) for cache in self._caches]
         found, written = self._compiled[of](
             tokens, places, self._biases(), self._padding, arrays
@@ -349,7 +344,12 @@ class T5Session:
         self._shapes.add((*shape, self._capacity, room))
         if len(self._shapes) > MOST_TRACES:
             self._shapes.clear()
-            self._compiled.clear()
+            self._compiled = self._traced()
+
+    def _traced(self) -> dict[_Logits, Any]:
+        """The passes, to be traced once for each shape."""
+        # They know nothing of this session, which would have to wait for a collection.
+        return {of: mx.compile(_Traced(of)) for of in (self._logits, self._scores)}
 
     def rewind(self, lengths: list[int]) -> None:
         """Forget all but the first ``lengths[b]`` cached positions of each row b.

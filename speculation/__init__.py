@@ -7,8 +7,9 @@ In the order to read them: ``session`` (what the loop asks of a model), ``sampli
 (from logits to the law of the next token), ``processors`` (rules that look at what came
 before), ``acceptance`` (which draft tokens stand), ``samplers`` (drawing and judging,
 round after round), ``drafting`` (a model that proposes tokens), ``lookup`` (none that
-does), ``requests`` (what is asked for, and what comes of it), ``rows`` (a text in a
-batch), ``rounds`` (a pass of the target, and its verdict), ``chances`` and ``costs``
-(what drafting brings, and what it takes), ``policy`` (how much is drafted),
-``proposing`` (who drafts for which row).
+does), ``beams`` (the steps of a beam search), ``requests`` (what is asked for, and what
+comes of it), ``rows`` (a text in a batch), ``groups`` (one that is searched for with
+beams), ``rounds`` (a pass of the target, and its verdict), ``trees`` (the same for
+groups), ``chances`` and ``costs`` (what drafting brings, and what it takes), ``policy``
+(how much is drafted), ``proposing`` (who drafts for which row).
 """

@@ -129,7 +129,7 @@ class Policy(Protocol):
     drafting: bool
 
     def of(self, width: int) -> "Policy":
-        """Who decides about texts that are searched for with so many beams; 1: none."""
+        """Who decides about texts that are searched for with so many beams."""
 
     def choose(self, batch: int, rows: Sequence[Prospect]) -> Plan:
         """What to draft in the next round of ``batch`` rows, of which ``rows`` are
@@ -240,8 +240,6 @@ class Auto:
     def of(self, width: int) -> "Auto":
         """As :class:`Policy` has it. Where ``choose`` speaks of tokens, those are steps
         of the search."""
-        if width == 1:
-            return self
         if width not in self._searching:
             step, token = self._prior
             its = Auto(min(self.most, _MOST_STEPS), step=step, token=token * width)

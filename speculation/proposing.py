@@ -68,7 +68,8 @@ class Proposer:
 
     def _policy_of(self, rows: Iterable[Row | None]) -> Policy:
         """What decides for such texts."""
-        return self.policy.of(self._width(rows))
+        width = self._width(rows)
+        return self.policy if width == 1 else self.policy.of(width)
 
     # Rows.
 

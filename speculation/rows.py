@@ -71,6 +71,10 @@ class Row:
         """How many positions of the caches are its own, but for what is fed next."""
         return len(self.sequence) - 1
 
+    def holes(self) -> list[int]:
+        """Of these positions those that are nobody's."""
+        return []
+
     @property
     def most_drafted(self) -> int:
         """How many draft tokens may be judged in its next round."""
