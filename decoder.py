@@ -12,6 +12,9 @@ own. The host waits for the device once per round.
 A batch has rows for several texts, which end at different times. Between two rounds a
 row that has become free takes the next text that waits; where none waits, the batch is
 made smaller.
+
+A text that is searched for with beams is a row as well, whose cache has a tree, and a
+round of such rows takes steps of the search where others commit tokens: see ``trees``.
 """
 
 import system.fast_blas  # noqa: F401  (before mlx: see there)
@@ -100,6 +103,9 @@ class Engine:
     position, the others have shorter drafts meanwhile: what is sampled by the residual
     rule has other random numbers then, and with a ``delta`` above 0 another draft token
     may stand.
+
+    Texts with as many beams are decoded together, or without any: who waits first and
+    has another number, waits for all others to end.
 
     What :meth:`step` raises (Ctrl-C, a processor's error) leaves an engine that is of
     no more use; what concerns one text comes as its last commit.
@@ -379,7 +385,7 @@ class Engine:
                 self._waiting.extendleft(reversed(newcomers[half:]))
                 del newcomers[half:]
                 size = self._size_for(half)
-            self._have_threads(size)
+            self._have_threads(size * newcomers[0].width)
             memory.wire(self, self._bytes(size, newcomers))
             started = time.perf_counter()
             try:
@@ -502,7 +508,8 @@ class Engine:
             self._rows = [*rows, *[None] * (size - len(active))]
 
     def _take(self, rows: list[int], blank: int) -> None:
-        self._have_threads(len(rows) + blank)
+        width = max((row.width for row in self._active), default=1)
+        self._have_threads((len(rows) + blank) * width)
         self._target.take(rows, blank)
         self._drafts.take(rows, blank)
 
@@ -518,8 +525,8 @@ class Engine:
         size = self._target.batch_bytes(rows, prompt, answer)
         return size + self._drafts.batch_bytes(rows, prompt, answer)
 
-    def _have_threads(self, rows: int) -> None:
-        fast_blas.fit_threads(self._target.parameters * rows)
+    def _have_threads(self, texts: int) -> None:
+        fast_blas.fit_threads(self._target.parameters * texts)
 
 
 class _Arriving(NamedTuple):

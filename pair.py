@@ -34,6 +34,7 @@ from speculation.policy import Auto
 from speculation.requests import DELTA, MAX_TOKENS, Commit, Request
 from speculation.sampling import GREEDY, Sampling
 from speculation.session import Session
+from speculation.trees import WIDER
 from system import memory, remembering
 from system.device import most_drafted, on_gpu
 from system.errors import InputError, PromptError, TooLongError, blame_prompt
@@ -404,6 +405,7 @@ class Pair:
         answer *= width
         # A pass has logits for every draft token, and judging makes more of them.
         size = _MANY if num_draft is None else num_draft
+        size *= WIDER if width > 1 else 1
         judged = 4 * 4 * (size + 1) * width * self.target.vocabulary
         while free is not None and rows > 1:
             size = rows * judged + self.target.batch_bytes(rows, prompt, answer)

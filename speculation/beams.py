@@ -264,7 +264,9 @@ class Search:
         ]
         if not pairs:
             return []
-        scores = np.stack([node.table.scores + score for node, score in pairs])
+        # A table may have more, for another text that more ids end.
+        size = self._beams.num_beams + len(self._ends)
+        scores = np.stack([node.table.scores[:size] + score for node, score in pairs])
         size = scores.shape[1]
         keep = self._beams.num_beams * (1 + len(self._ends))
         order = np.argsort(-scores, axis=None, kind="stable")[:keep].tolist()
