@@ -160,6 +160,7 @@ class Engine:
         self._waiting: deque[Row] = deque()
         self._gone = 0  # how many of them were cancelled
         self._rows: list[Row | None] = []
+        self._width = 1  # beams of each of their texts
         self._arriving: _Arriving | None = None
         self._ahead: Round | None = None
         self._failed: list[Commit] = []
@@ -300,7 +301,7 @@ class Engine:
         if not active:
             return None
         plan = self._drafts.plan(self._rows)
-        if active[0].width > 1:
+        if self._width > 1:
             tree = launch_trees(
                 self._target, self._drafts.session, self._rows, plan.steps
             )
@@ -322,7 +323,7 @@ class Engine:
         last round in vain would cost more.
         """
         # How beams go on is decided by the host.
-        if all(row.budget < 2 or row.width > 1 for row in self._active):
+        if self._width > 1 or all(row.budget < 2 for row in self._active):
             return None
         mx.async_eval(current.report)
         if None in self._rows:  # which stay at their beginning, whatever they are fed
@@ -385,7 +386,8 @@ class Engine:
                 self._waiting.extendleft(reversed(newcomers[half:]))
                 del newcomers[half:]
                 size = self._size_for(half)
-            self._have_threads(size * newcomers[0].width)
+            self._width = newcomers[0].width
+            self._have_threads(size)
             memory.wire(self, self._bytes(size, newcomers))
             started = time.perf_counter()
             try:
@@ -411,7 +413,7 @@ class Engine:
         if self._held or not few or len(free) < few:
             return None
         newcomers = self._next_waiting(len(free))
-        if newcomers and newcomers[0].width != self._active[0].width:
+        if newcomers and newcomers[0].width != self._width:
             self._waiting.extendleft(reversed(newcomers))
             self._held = True
             return None
@@ -508,8 +510,7 @@ class Engine:
             self._rows = [*rows, *[None] * (size - len(active))]
 
     def _take(self, rows: list[int], blank: int) -> None:
-        width = max((row.width for row in self._active), default=1)
-        self._have_threads((len(rows) + blank) * width)
+        self._have_threads(len(rows) + blank)
         self._target.take(rows, blank)
         self._drafts.take(rows, blank)
 
@@ -525,8 +526,8 @@ class Engine:
         size = self._target.batch_bytes(rows, prompt, answer)
         return size + self._drafts.batch_bytes(rows, prompt, answer)
 
-    def _have_threads(self, texts: int) -> None:
-        fast_blas.fit_threads(self._target.parameters * texts)
+    def _have_threads(self, rows: int) -> None:
+        fast_blas.fit_threads(self._target.parameters * rows * self._width)
 
 
 class _Arriving(NamedTuple):
