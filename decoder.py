@@ -496,7 +496,8 @@ class Engine:
     def _resize(self) -> None:
         """Have as many rows as there are texts for."""
         active = [place for place, row in enumerate(self._rows) if row]
-        waiting = 0 if self._held else self._queued
+        others = self._waiting and self._waiting[0].width != self._width
+        waiting = 0 if self._held or others else self._queued
         size = self._size_for(len(active) + waiting)
         have = len(self._rows)
         texts = [*self._active, *islice(self._waiting, size)]

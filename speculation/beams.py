@@ -137,6 +137,10 @@ class Node:
             self._back = back
         return self._back
 
+    def forget(self) -> None:
+        """Be one that others follow, and no more."""
+        self.table = self._back = None
+
     def line(self) -> "Iterator[Node]":
         """It and those before it, the first one last."""
         node: Node | None = self

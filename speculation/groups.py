@@ -120,13 +120,25 @@ class Group(Row):
         """The slots that are free and lie before others that are not."""
         return np.flatnonzero(~self._taken()).tolist()
 
-    def _taken(self) -> np.ndarray:
-        """Which slots beams go through, up to the last one: bool."""
+    def _cached(self) -> list[Node]:
+        """Of each beam that runs the last node that the caches have."""
         nodes = [
             node if node.slot is not None else node.parent
             for node in self.search.running
         ]
-        backs = [node.back for node in nodes if node]
+        return [node for node in nodes if node]
+
+    def _forget(self, nodes: list[Node]) -> None:
+        """Keep of these what those that run need: a text may get long."""
+        kept = self._cached()
+        for node in kept:
+            _ = node.back  # of what is before it
+        for node in set(nodes) - {*kept, *self.search.running}:
+            node.forget()
+
+    def _taken(self) -> np.ndarray:
+        """Which slots beams go through, up to the last one: bool."""
+        backs = [node.back for node in self._cached()]
         taken = np.zeros(max(map(len, backs), default=0), bool)
         for back in backs:
             taken[: len(back)] |= back >= 0
@@ -147,8 +159,7 @@ class Group(Row):
             return self.fail(fault())
         while not search.over and search.step(known):
             pass
-        for node in outcome.fed + outcome.roots:
-            node.table = None
+        self._forget([*outcome.fed, *outcome.roots, *known.values()])
         steps = search.steps - before
         self.budget -= steps
         accepted = min(steps - 1, outcome.size)
