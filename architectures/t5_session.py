@@ -29,6 +29,8 @@ from speculation.session import (
 from system.device import FUSED, compute_early, fewest_keys, on_cpu
 from system.memory import require_room
 
+#: Numbers that are added up one after the other.
+SUMMED = 64
 #: Shapes of passes that are kept compiled.
 MOST_TRACES = 128
 
@@ -38,6 +40,23 @@ def source_room(length: int) -> int:
     ones, by up to a quarter larger."""
     step = max(16, 1 << max(0, (length - 1).bit_length() - 3))
     return -(-length // step) * step
+
+
+def log_total(logits: mx.array) -> mx.array:
+    """The logarithm of the sum of their exponentials (..., 1).
+
+    On a CPU ``mx.logsumexp`` adds one after the other, and what is small next to the sum
+    so far is lost: some 2e-5 of a vocabulary of 4,096, which is more than all of a T5's
+    layers are off.
+    """
+    highest = logits.max(axis=-1, keepdims=True)
+    each = mx.exp(logits - highest)
+    whole = each.shape[-1] // SUMMED * SUMMED
+    shape = (*each.shape[:-1], whole // SUMMED, SUMMED)
+    parts = each[..., :whole].reshape(shape).sum(axis=-1)
+    total = parts.sum(axis=-1, keepdims=True)
+    total = total + each[..., whole:].sum(axis=-1, keepdims=True)
+    return highest + mx.log(total)
 
 
 class _Logits:
@@ -68,8 +87,7 @@ class _Scores(_Logits):
         self, tokens: mx.array, caches: list[LayerCache], step: Step, early: bool
     ) -> tuple[mx.array, mx.array]:
         logits = self._decode(tokens, caches, step, early)
-        total = mx.logsumexp(logits.astype(mx.float32), axis=-1, keepdims=True)
-        return self._emitted(logits), total
+        return self._emitted(logits), log_total(logits.astype(mx.float32))
 
 
 class _Traced:
