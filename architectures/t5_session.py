@@ -45,9 +45,9 @@ def source_room(length: int) -> int:
 def log_total(logits: mx.array) -> mx.array:
     """The logarithm of the sum of their exponentials (..., 1).
 
-    On a CPU ``mx.logsumexp`` adds one after the other, and what is small next to the sum
-    so far is lost: some 2e-5 of a vocabulary of 4,096, which is more than all of a T5's
-    layers are off.
+    On a CPU ``mx.logsumexp`` adds one after the other, and what is small next to the
+    sum so far is lost: some 2e-5 of a vocabulary of 4,096, which is more than all of a
+    T5's layers are off.
     """
     highest = logits.max(axis=-1, keepdims=True)
     each = mx.exp(logits - highest)
