@@ -2,6 +2,7 @@
 
     python benchmark.py [--model NAME --draft-model NAME] [--prompts FILE]
         [--num-draft 0..8,auto] [--delta 0,0.5] [--temperature 0,1] [--baseline NAME]
+    python benchmark.py --num-beams 4 [--length-penalty X] [--early-stopping WHEN]
     python benchmark.py --batch-size 1,8,32 --num-draft 0,2,auto
     python benchmark.py --calibrate [--batch-size 1,8]
     python benchmark.py --serve 1,8,32 [--clients 64] [--baseline transformers]
@@ -17,6 +18,9 @@ It is over the target alone in the same loop, at the same temperature.
 
 With translations to compare with in the file (a tab after the prompt, then one), there
 is a column of sacreBLEU: a prompt's lines together are its references.
+
+With --num-beams everything is a beam search, the target's alone as well, which is what
+others are compared with; and the baselines search with as many beams.
 
 With --calibrate it is the rounds that are measured, see :mod:`measuring.calibration`,
 and what they cost is kept for --num-draft auto, here and in main.py.
@@ -71,6 +75,8 @@ from measuring.simulation import SimulatedPair
 from measuring.table import (
     BATCH_COLUMNS,
     BATCH_LEGEND,
+    BEAM_COLUMNS,
+    BEAM_LEGEND,
     COLUMNS,
     COST_COLUMNS,
     COST_LEGEND,
@@ -81,7 +87,8 @@ from measuring.table import (
 )
 from measuring.timing import measure
 from measuring.variants import AUTO, Cell, ours, simulated, theirs
-from speculation.requests import MAX_TOKENS, check_options
+from speculation.beams import NEVER, Beams
+from speculation.requests import MAX_TOKENS, check_beams, check_options
 from speculation.sampling import COUPLINGS
 from system import remembering
 from system.errors import InputError, Parser, run, say
@@ -99,6 +106,7 @@ SWEPT = (
     "delta",
     "temperature",
     "coupling",
+    "num_beams",
     "baseline",
     "baseline_batch_size",
     "repeats",
@@ -111,6 +119,7 @@ NOT_SERVED = (
     "delta",
     "temperature",
     "coupling",
+    "num_beams",
     "baseline_batch_size",
     "repeats",
     "batch_size",
@@ -164,6 +173,14 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise ArgumentTypeError(f"'{text}' is not a whole number above 0")
     return int(text)
+
+
+def stopping(text: str) -> bool | str:
+    """``true``, ``false`` or ``never`` as :class:`Beams` has it."""
+    known = {"true": True, "false": False, NEVER: NEVER}
+    if text not in known:
+        raise ArgumentTypeError(f"'{text}' is none of {', '.join(known)}")
+    return known[text]
 
 
 def probability(text: str) -> float:
@@ -222,6 +239,27 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
     add("--delta", type=numbers, metavar="0,0.5")
     add("--temperature", type=numbers, metavar="0,1")
     add("--coupling", choices=COUPLINGS, help="as in main.py")
+    add(
+        "--num-beams",
+        type=int,
+        metavar="N",
+        help="search with N beams, with the target alone and with drafts; nothing is "
+        "looked up for them",
+    )
+    add(
+        "--length-penalty",
+        type=float,
+        metavar="X",
+        help="with --num-beams: as in main.py",
+    )
+    add(
+        "--early-stopping",
+        type=stopping,
+        nargs="?",
+        const=True,
+        metavar=f"true|false|{NEVER}",
+        help="with --num-beams: as in main.py; CTranslate2 has a rule of its own",
+    )
     add(
         "--max-tokens",
         type=positive,
@@ -309,6 +347,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
             "--target-config and --draft-config are for a simulation: give "
             "--simulate-alpha as well"
         )
+    _check_search(args)
     if args.calibrate:
         for name in SWEPT:
             if getattr(args, name) not in (None, []):
@@ -320,6 +359,34 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
     args.delta, args.temperature = args.delta or [0.0], args.temperature or [0.0]
     args.repeats = args.repeats or 1
     return args
+
+
+def _check_search(args: Namespace) -> None:
+    """What goes with --num-beams, and only with it; they become ``beams``.
+
+    Raises:
+        InputError: something that does not, or an option out of range.
+    """
+    options = {
+        name: getattr(args, name)
+        for name in ("num_beams", "length_penalty", "early_stopping")
+        if getattr(args, name) is not None
+    }
+    args.beams = None
+    if not options:
+        return
+    if args.num_beams is None:
+        raise InputError(
+            "--length-penalty and --early-stopping are those of a beam search: give "
+            "--num-beams as well"
+        )
+    args.beams = Beams(**options)
+    for name in args.baseline:
+        if name not in baselines.SEARCHING:
+            raise InputError(
+                f"--baseline {name} searches with no beams: it does not go with "
+                "--num-beams"
+            )
 
 
 def _check_serving(args: Namespace) -> None:
@@ -357,13 +424,15 @@ def cells(args: Namespace) -> list[Cell]:
         check_options(1, 0, value)
     found: dict[Cell, None] = {}
     for temperature in args.temperature:
-        found[Cell(0, 0.0, temperature, args.coupling)] = None
+        found[Cell(0, 0.0, temperature, args.coupling, args.beams)] = None
         for delta, count in product(args.delta, args.num_draft):
             if count:
-                found[Cell(count, delta, temperature, args.coupling)] = None
+                cell = Cell(count, delta, temperature, args.coupling, args.beams)
+                found[cell] = None
     if set(args.baseline) - {MLX_LM} and 0 not in args.temperature:
         raise InputError("the baselines decode greedily: add a --temperature of 0")
     for cell in found:
+        check_beams(cell.beams, cell.sampling, cell.delta)
         cell.sampling.coupling_at(cell.delta)  # raises for what cannot be
     return list(found)
 
@@ -382,6 +451,9 @@ def main() -> None:
         _calibrate(args, about)
         return
     columns, legend = COLUMNS, LEGEND
+    if args.beams:
+        about |= asdict(args.beams)
+        columns, legend = BEAM_COLUMNS, BEAM_LEGEND
     rows: list[Any]
     if args.serve:
         rows = _served(args, about)
@@ -436,6 +508,10 @@ def _pair(args: Namespace, drafts: bool) -> Any:
     )
     if drafts and not pair.drafts:
         raise InputError("there is no draft to measure: name one with --draft-model")
+    if drafts and not pair.drafter and (args.num_beams or 1) > 1:
+        raise InputError(
+            "nothing is looked up for beams: name a model with --draft-model"
+        )
     return pair
 
 
@@ -457,7 +533,7 @@ def _measured(args: Namespace, swept: list[Cell], about: dict[str, Any]) -> list
                 if not cell.delta and cell.num_draft != AUTO
             ]
         else:
-            variants.append(theirs(pair, baselines.MAKE[name](pair, max_tokens)))
+            variants.append(theirs(pair, _baseline(args, name, pair, max_tokens)))
     about |= {"prompts": len(prompts), "max_tokens": max_tokens}
     _say_all(about)
     answers = measure(variants, prompts, args.repeats)
@@ -472,6 +548,14 @@ def _measured(args: Namespace, swept: list[Cell], about: dict[str, Any]) -> list
         pair.lookup,
         ids,
     )
+
+
+def _baseline(
+    args: Namespace, name: str, pair: Any, max_tokens: int
+) -> baselines.Baseline:
+    """The other program of that name, searching as the flags say."""
+    options = {"beams": args.beams} if args.beams else {}
+    return baselines.MAKE[name](pair, max_tokens, **options)
 
 
 def _batched(
@@ -489,7 +573,7 @@ def _batched(
         for size in args.batch_size
     ]
     for name in args.baseline:
-        baseline = baselines.MAKE[name](pair, max_tokens)
+        baseline = _baseline(args, name, pair, max_tokens)
         if baseline.generate_batch is None:
             raise InputError(f"--baseline {name} does not go with --batch-size")
         sizes = args.baseline_batch_size or args.batch_size
@@ -579,6 +663,8 @@ def _simulated(args: Namespace, swept: list[Cell], about: dict[str, Any]) -> lis
             "--simulate-alpha decides what is accepted: it goes with neither --delta "
             "nor --temperature nor --baseline"
         )
+    if args.beams:
+        raise InputError("--simulate-alpha does not go with --num-beams")
     max_tokens = _room_for(swept, args.max_tokens or SIMULATED_TOKENS)
     count = args.limit or SIMULATED_PROMPTS
     make = _simulation(args, about)

@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from architectures.slim import is_slim
 from architectures.t5 import load
 from model import T5
 from pair import Pair
+from speculation.beams import Beams
 from speculation.drafting import ModelDrafter, up_to_end
 from system.device import on_gpu
 from system.errors import InputError
@@ -24,7 +25,7 @@ from system.errors import InputError
 
 @dataclass(frozen=True)
 class Baseline:
-    """A program that decodes, greedily where ``temperature`` is 0.
+    """A program that decodes, greedily where ``temperature`` is 0, or with beams.
 
     Attributes:
         generate: a prompt's ids -> the new tokens, end-of-sequence included, and the
@@ -40,15 +41,22 @@ class Baseline:
     generate_batch: Callable[[list[list[int]]], list[list[int]]] | None = None
 
 
-def transformers_generate(pair: Pair, max_tokens: int) -> Baseline:
-    """transformers' greedy ``generate``, in float32.
+def searched(beams: Beams | None) -> str:
+    """What the name of a row says of a beam search, if there is one."""
+    return f", beams {beams.num_beams}" if beams else ""
+
+
+def transformers_generate(
+    pair: Pair, max_tokens: int, beams: Beams | None = None
+) -> Baseline:
+    """transformers' ``generate``, greedy or with beams, in float32.
 
     On a GPU where PyTorch knows the one that MLX uses.
 
     Raises:
         InputError: PyTorch is not installed.
     """
-    return _transformers(pair, max_tokens, assisted=False)
+    return _transformers(pair, max_tokens, beams=beams)
 
 
 def transformers_assisted(pair: Pair, max_tokens: int) -> Baseline:
@@ -132,14 +140,18 @@ def greedy_transformers(pair: Pair) -> tuple[Any, dict[str, Any]]:
     return reference, options
 
 
-def _transformers(pair: Pair, max_tokens: int, assisted: bool) -> Baseline:
+def _transformers(
+    pair: Pair, max_tokens: int, assisted: bool = False, beams: Beams | None = None
+) -> Baseline:
     draft = _draft(pair) if assisted else None
     reference, options = greedy_transformers(pair)
     import torch
 
     device = reference.device
     options["max_new_tokens"] = max_tokens
-    name = f"transformers, {device.type}"
+    if beams and beams.num_beams > 1:
+        options |= asdict(beams)  # which has their names
+    name = f"transformers, {device.type}{searched(beams)}"
     if assisted:
         assistant = _generating(draft, pair.draft_folder).to(device)
         options["assistant_model"] = assistant
@@ -174,8 +186,11 @@ def _generating(model: T5, folder: Path) -> Any:
     return reference
 
 
-def ctranslate2(pair: Pair, max_tokens: int, int8: bool = False) -> Baseline:
-    """CTranslate2's greedy search, on a CPU, in float32 or with int8 weights.
+def ctranslate2(
+    pair: Pair, max_tokens: int, beams: Beams | None = None, int8: bool = False
+) -> Baseline:
+    """CTranslate2's search, greedy or with beams, on a CPU, in float32 or with int8
+    weights. When a search stops is a rule of its own.
 
     Raises:
         InputError: CTranslate2 or PyTorch, which its converter needs, is missing.
@@ -210,11 +225,13 @@ def ctranslate2(pair: Pair, max_tokens: int, int8: bool = False) -> Baseline:
         )
     names = {token: name for name, token in pair.tokenizer.ids.items()}
     ends = pair.eos_tokens
+    search = beams or Beams(1)
 
     def generate_batch(prompts: list[list[int]]) -> list[list[int]]:
         results = translator.translate_batch(
             [[names[token] for token in prompt] for prompt in prompts],
-            beam_size=1,
+            beam_size=search.num_beams,
+            length_penalty=search.length_penalty,
             max_decoding_length=max_tokens,
             end_token=[names[token] for token in ends],
             return_end_token=True,
@@ -227,7 +244,7 @@ def ctranslate2(pair: Pair, max_tokens: int, int8: bool = False) -> Baseline:
     def generate(prompt: list[int]) -> tuple[list[int], None]:
         return generate_batch([prompt])[0], None
 
-    name = f"CTranslate2, {kind}"
+    name = f"CTranslate2, {kind}{searched(beams)}"
     return Baseline(
         name, generate, threads="ctranslate2", generate_batch=generate_batch
     )
@@ -252,9 +269,11 @@ def _keep_rows(reference: Any, ids: list[int]) -> None:
     reference.config.vocab_size = len(ids)
 
 
-def ctranslate2_int8(pair: Pair, max_tokens: int) -> Baseline:
+def ctranslate2_int8(
+    pair: Pair, max_tokens: int, beams: Beams | None = None
+) -> Baseline:
     """See :func:`ctranslate2`."""
-    return ctranslate2(pair, max_tokens, int8=True)
+    return ctranslate2(pair, max_tokens, beams, int8=True)
 
 
 def mlx_lm(pair: Pair, max_tokens: int, num_draft: int, temperature: float) -> Baseline:
@@ -332,9 +351,11 @@ def _draft(pair: Pair) -> T5:
 
 
 #: By the names that --baseline takes; mlx-lm's are made cell by cell.
-MAKE: dict[str, Callable[[Pair, int], Baseline]] = {
+MAKE: dict[str, Callable[..., Baseline]] = {
     "transformers": transformers_generate,
     "transformers-assisted": transformers_assisted,
     "ctranslate2": ctranslate2,
     "ctranslate2-int8": ctranslate2_int8,
 }
+#: Of those the ones that take beams as well.
+SEARCHING = {"transformers", "ctranslate2", "ctranslate2-int8"}

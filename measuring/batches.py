@@ -91,6 +91,7 @@ def ours(pair: Pair, cell: Cell, size: int, max_tokens: int) -> BatchVariant:
                 delta=cell.delta,
                 sampling=cell.sampling,
                 max_tokens=max_tokens,
+                beams=cell.beams,
             )
         )
         for one in done:

@@ -1,8 +1,9 @@
 """From seconds to figures: speed-up with its interval, what theory expects, BLEU."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import zip_longest
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 
@@ -24,7 +25,8 @@ class Row:
     Attributes:
         speedup: over plain decoding, in seconds per token; ``low`` and ``high`` bound
             its 95 % interval, None for too few prompts.
-        alpha: accepted over judged draft tokens.
+        alpha: accepted over judged draft tokens; in a beam search, steps.
+        passes: of the target, for a text; ``passes_low`` and ``passes_high`` as above.
         tokens_per_round: tokens per pass of the target, which is the speed-up in
             passes over plain decoding.
         mean_draft: draft tokens of the mean round; None without any drafting.
@@ -55,15 +57,34 @@ class Row:
     equal: int | None = None
     bleu: float | None = None
     peak_memory: int | None = None
+    passes: float | None = None
+    passes_low: float | None = None
+    passes_high: float | None = None
 
 
-def speedup(
-    base: list[Answer], other: list[Answer]
-) -> tuple[float, float | None, float | None]:
-    """Seconds per token of ``base`` over those of ``other``: ratio, 95 % interval.
+Estimate: TypeAlias = tuple[float, float | None, float | None]
+
+
+def estimate(each: np.ndarray, figure: Callable[[np.ndarray], np.ndarray]) -> Estimate:
+    """A figure of sums over prompts, and its 95 % interval.
 
     No interval from fewer than ``FEWEST`` prompts: a bootstrap would find it too small.
+
+    Args:
+        each: (prompts, n), what is summed.
+        figure: of such sums (..., n).
     """
+    value = float(figure(each.sum(axis=0)))
+    if len(each) < FEWEST:
+        return value, None, None
+    rng = np.random.default_rng(0)
+    drawn = each[rng.integers(0, len(each), (RESAMPLES, len(each)))].sum(axis=1)
+    low, high = np.percentile(figure(drawn), [2.5, 97.5])
+    return value, float(low), float(high)
+
+
+def speedup(base: list[Answer], other: list[Answer]) -> Estimate:
+    """Seconds per token of ``base`` over those of ``other``."""
     each = np.array(
         [
             [a.seconds, len(a.tokens), b.seconds, len(b.tokens)]
@@ -74,12 +95,7 @@ def speedup(
     def ratio(sums: np.ndarray) -> np.ndarray:
         return (sums[..., 0] / sums[..., 1]) / (sums[..., 2] / sums[..., 3])
 
-    if len(each) < FEWEST:
-        return float(ratio(each.sum(axis=0))), None, None
-    rng = np.random.default_rng(0)
-    drawn = each[rng.integers(0, len(each), (RESAMPLES, len(each)))].sum(axis=1)
-    low, high = np.percentile(ratio(drawn), [2.5, 97.5])
-    return float(ratio(each.sum(axis=0))), float(low), float(high)
+    return estimate(each, ratio)
 
 
 def sacrebleu(texts: list[str], references: list[list[str]]) -> float | None:
@@ -129,11 +145,16 @@ def summarise(
     tested = sum(each.tested for each in stats)
     rounds = sum(each.rounds for each in stats)
     drafted = sum(each.drafted for each in stats)
+    counts = np.array([[each.rounds, 1] for each in stats])
+    passes, fewest, most = estimate(counts, lambda sums: sums[..., 0] / sums[..., 1])
     row = replace(
         row,
         tokens_per_round=sum(each.new_tokens for each in stats) / rounds,
         mean_draft=drafted / rounds if cell and cell.num_draft else None,
         peak_memory=max(each.peak_memory_bytes for each in stats) or None,
+        passes=passes,
+        passes_low=fewest,
+        passes_high=most,
     )
     if not tested:
         return row
@@ -161,7 +182,7 @@ def rows_of(
     ids: list[int],
 ) -> list[Row]:
     """The table's rows; what a round's steps cost is measured for each cell that has
-    a number of draft tokens."""
+    a number of draft tokens, and no beams."""
     plain = {
         variant.temperature: its
         for variant, its in zip(variants, answers, strict=True)
@@ -170,7 +191,7 @@ def rows_of(
     rows = []
     for variant, its in zip(variants, answers, strict=True):
         cost = None
-        if variant.cell and variant.cell.asked:
+        if variant.cell and variant.cell.asked and not variant.cell.beams:
             cost = step_cost(target, drafter, ids, variant.cell)
         if cost and lookup:  # a round drafts what is found, if anything is
             cost = replace(cost, always=False)

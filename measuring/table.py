@@ -25,14 +25,24 @@ def _break_even(row: CostRow) -> str:
     return "never" if never else _shown(row.break_even, ".2f")
 
 
+def _interval(low: float | None, high: float | None) -> str:
+    return "" if low is None else f"{low:.2f}-{high:.2f}"
+
+
 #: What a column is called, how wide it is, and what it shows of a row.
 Columns: TypeAlias = tuple[tuple[str, int, Callable[[Any], str]], ...]
 
 _SPEEDUP: Columns = (("speed-up", 8, lambda r: f"{r.speedup:.2f}"),)
+_FIRST: Columns = (
+    *_SPEEDUP,
+    ("95 %", 11, lambda r: _interval(r.low, r.high)),
+    ("tokens/s", 8, lambda r: f"{r.tokens_per_second:.1f}"),
+)
 _PER_PASS: Columns = (
     ("per pass", 8, lambda r: _shown(r.tokens_per_round, ".2f")),
     ("mean K", 6, lambda r: _mean_draft(r)),
 )
+_ALPHA: Columns = (("alpha", 6, lambda r: _shown(r.alpha, ".3f")),)
 _LAST: Columns = (
     ("same text", 9, lambda r: _shown(r.equal, "d")),
     ("BLEU", 5, lambda r: _shown(r.bleu, ".1f")),
@@ -40,11 +50,9 @@ _LAST: Columns = (
 )
 
 COLUMNS: Columns = (
-    *_SPEEDUP,
-    ("95 %", 11, lambda r: "" if r.low is None else f"{r.low:.2f}-{r.high:.2f}"),
-    ("tokens/s", 8, lambda r: f"{r.tokens_per_second:.1f}"),
+    *_FIRST,
     *_PER_PASS,
-    ("alpha", 6, lambda r: _shown(r.alpha, ".3f")),
+    *_ALPHA,
     ("c", 5, lambda r: _shown(r.c, ".2f")),
     ("v", 5, lambda r: _shown(r.v, ".2f")),
     ("expected", 8, lambda r: _shown(r.expected, ".2f")),
@@ -59,6 +67,24 @@ LEGEND = (
     "round, where they are not what was asked for; c, v: a draft token and "
     "the verifying pass, in plain passes; expected: of decoding, by alpha, c and v; "
     "paper: the same with v = 1"
+)
+
+
+BEAM_COLUMNS: Columns = (
+    *_FIRST,
+    ("passes", 6, lambda r: _shown(r.passes, ".2f")),
+    ("95 %", 11, lambda r: _interval(r.passes_low, r.passes_high)),
+    *_PER_PASS,
+    *_ALPHA,
+    *_LAST,
+)
+
+BEAM_LEGEND = (
+    "speed-up: seconds per token against the same search by the target alone, in this "
+    "loop; passes: of the target, for a text; per pass: tokens of the best text per "
+    "pass, whose search may go on beyond its end; mean K: steps drafted per round, "
+    "where they are not what was asked for; alpha: of the steps that were judged, "
+    "those that stood"
 )
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 from measuring import baselines
 from measuring.simulation import SimulatedPair
 from pair import Pair
+from speculation.beams import Beams
 from speculation.requests import Stats
 from speculation.sampling import SHARED, Sampling
 
@@ -18,12 +19,13 @@ AUTO: Literal["auto"] = "auto"
 @dataclass(frozen=True)
 class Cell:
     """What is swept (draft tokens per round, delta, temperature), and what is not: the
-    coupling of :class:`Sampling`."""
+    coupling of :class:`Sampling`, and a beam search."""
 
     num_draft: int | Literal["auto"]
     delta: float = 0.0
     temperature: float = 0.0
     coupling: str | None = None
+    beams: Beams | None = None
 
     @property
     def asked(self) -> int | None:
@@ -44,7 +46,8 @@ class Cell:
         name = f"num-draft {self.num_draft}"
         if self.temperature:
             name += f", temperature {self.temperature:g}"
-        return name + (f", delta {self.delta:g}" if self.delta else "")
+        name += f", delta {self.delta:g}" if self.delta else ""
+        return name + baselines.searched(self.beams)
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ def ours(pair: Pair, cell: Cell, max_tokens: int) -> Variant:
             delta=cell.delta,
             sampling=cell.sampling,
             stream=number,
+            beams=cell.beams,
         ).finish()
         return Answer(done.text, done.tokens, time.perf_counter() - began, done.stats)
 

@@ -24,6 +24,7 @@ from measuring.simulation import SimulatedPair
 from measuring.timing import Cost
 from measuring.variants import Answer, Cell, Variant
 from pair import LOOKUP, Pair
+from speculation.beams import Beams
 from speculation.requests import Stats
 from system.device import most_drafted
 
@@ -101,6 +102,148 @@ def test_batches(bench, make, tmp_path):
     assert [bool(row["peak_memory"]) for row in rows] == [*[True] * 4, False, False]
     assert rows[0]["tokens_per_round"] == 1
     assert rows[2]["tokens_per_round"] > 1
+
+
+#: Of tiny models, with options that change their texts.
+SEARCHES = {
+    "length penalty": (1, ("--length-penalty", "-2"), Beams(3, -2.0)),
+    "early stopping": (2, ("--early-stopping",), Beams(3, early_stopping=True)),
+}
+
+
+@pytest.mark.parametrize("seed, flags, beams", SEARCHES.values(), ids=SEARCHES)
+def test_beams(bench, make, tmp_path, seed, flags, beams):
+    """Whatever is measured searches as the flags say, plain decoding as well; the
+    passes that a text takes are counted."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(f"{prompt}\t{prompt}" for prompt in PROMPTS))
+    folder = make(seed, num_decoder_layers=3)[2]
+    draft = make(seed, num_decoder_layers=3, noise=0.05)[2]
+    others = sorted(baselines.SEARCHING)
+    status, out, err = bench(
+        *("--model", folder, "--draft-model", draft, "--lookup"),
+        *("--prompts", prompts, "--num-draft", "2,auto", "--max-tokens", 12),
+        *("--num-beams", 3, *flags, "--json", tmp_path / "f.json"),
+        *(flag for name in others for flag in ("--baseline", name)),
+        *("--plot", tmp_path / "plot.svg"),
+    )
+    assert status == 0, err
+    names = [f"num-draft {k}, beams 3" for k in (0, 2, "auto")]
+    names += ["CTranslate2, float32, beams 3", "CTranslate2, int8, beams 3"]
+    names += ["transformers, cpu, beams 3"]
+    figures = json.loads((tmp_path / "f.json").read_text())
+    assert [row["name"] for row in figures["rows"]] == names
+    assert [line.split("  ")[0] for line in out.splitlines()[1:]] == names
+    for name in ("num_beams", "length_penalty", "early_stopping"):
+        assert figures[name] == getattr(beams, name)
+    plain, drafted, auto, float32, _, theirs = figures["rows"]
+    pair = Pair.load(str(folder))
+    usual, wanted = (
+        [pair.generate(p, max_tokens=12, beams=its).finish() for p in PROMPTS]
+        for its in (Beams(3), beams)
+    )
+    assert [one.tokens for one in usual] != [one.tokens for one in wanted]
+    for row in (plain, drafted, auto, float32, theirs):
+        assert row["equal"] == 5
+        count = sum(len(one.tokens) for one in wanted)
+        assert row["tokens_per_second"] * row["seconds"] == pytest.approx(count)
+    assert plain["speedup"] == 1
+    assert plain["passes"] == sum(one.stats.rounds for one in wanted) / 5
+    assert plain["passes"] > drafted["passes"]
+    assert plain["passes_low"] is drafted["passes_low"] is None  # of 5 prompts
+    assert 0 < drafted["alpha"] <= 1
+    assert {drafted["c"], drafted["v"], drafted["expected"]} == {None}
+    assert "passes" in out and "same search" in err.splitlines()[-1]
+    assert {theirs["passes"], float32["passes"]} == {None}
+
+
+def test_beams_in_batches(bench, make, tmp_path):
+    """Groups of a batch, and theirs: the same texts at every size."""
+    seed, flags, beams = SEARCHES["length penalty"]
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS))
+    folder = make(seed, num_decoder_layers=3)[2]
+    draft = make(seed, num_decoder_layers=3, noise=0.05)[2]
+    status, _, err = bench(
+        *("--model", folder, "--draft-model", draft, "--prompts", prompts),
+        *("--num-draft", "0,2,auto", "--max-tokens", 12, "--batch-size", "1,4"),
+        *("--num-beams", 3, *flags, "--baseline-batch-size", 3),
+        *("--baseline", "transformers", "--baseline", "ctranslate2"),
+        *("--json", tmp_path / "f.json"),
+    )
+    assert status == 0, err
+    rows = json.loads((tmp_path / "f.json").read_text())["rows"]
+    names = [
+        f"num-draft {k}, beams 3, batch {n}" for k in (0, 2, "auto") for n in (1, 4)
+    ]
+    names += [
+        f"{name}, beams 3, batch 3"
+        for name in ("transformers, cpu", "CTranslate2, float32")
+    ]
+    assert [row["name"] for row in rows] == names
+    assert [row["equal"] for row in rows] == [5] * len(names)
+    pair = Pair.load(str(folder))
+    done = [pair.generate(p, max_tokens=12, beams=beams).finish() for p in PROMPTS]
+    count = sum(len(one.tokens) for one in done)
+    for row in rows:
+        each = row["tokens_per_second"] / row["lines_per_second"]
+        assert each == pytest.approx(count / 5)
+    assert rows[2]["tokens_per_round"] > rows[0]["tokens_per_round"]
+
+
+def test_one_beam_is_greedy(bench, make, tmp_path):
+    """What several beams are compared with: a pass is a token."""
+    (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
+    status, _, err = bench(
+        *("--model", make()[2], "--draft-model", make(noise=0.05)[2]),
+        *("--prompts", tmp_path / "p.txt", "--num-draft", 2, "--max-tokens", 12),
+        *("--num-beams", 1, "--json", tmp_path / "f.json"),
+        *("--baseline", "transformers", "--baseline", "ctranslate2"),
+    )
+    assert status == 0, err
+    rows = json.loads((tmp_path / "f.json").read_text())["rows"]
+    assert [row["equal"] for row in rows] == [5] * 4
+    assert rows[0]["tokens_per_round"] == 1
+    assert rows[0]["passes"] > rows[1]["passes"]
+    assert [row["name"].split(", ")[-1] for row in rows] == ["beams 1"] * 4
+
+
+def test_beams_that_cannot_be_measured(bench, make, tmp_path):
+    (tmp_path / "p.txt").write_text("the cat\n")
+    prompts = ("--prompts", tmp_path / "p.txt")
+    lookup = ("--model", make()[2], "--draft-model", LOOKUP, *prompts)
+    for flags, words in (
+        (["--num-beams", "0"], "num-beams is 0"),
+        (["--num-beams", "65"], "num-beams is 65"),
+        (["--num-beams", "x"], "--num-beams"),
+        (["--num-beams", "4", "--length-penalty", "nan"], "length-penalty is nan"),
+        (["--num-beams", "4", "--early-stopping", "no"], "none of true, false, never"),
+        (["--length-penalty", "1"], "give --num-beams as well"),
+        (["--early-stopping", "false"], "give --num-beams as well"),
+        (["--num-beams", "4", "--temperature", "0,1"], "leave the temperature at 0"),
+        (["--num-beams", "4", "--delta", "0.5"], "delta is above 0"),
+        (["--num-beams", "4", "--calibrate"], "does not go with --num-beams"),
+        (["--num-beams", "4", "--serve", "1"], "does not go with --num-beams"),
+        (["--num-beams", "4", "--simulate-alpha", "1"], "not go with --num-beams"),
+        (["--num-beams", "4", "--baseline", "mlx-lm"], "searches with no beams"),
+        (
+            ["--num-beams", "4", "--baseline", "transformers-assisted"],
+            "searches with no beams",
+        ),
+        (["--num-beams", "4", *lookup], "nothing is looked up for beams"),
+    ):
+        status, out, err = bench(*flags)
+        assert (status, out) == (2, "")
+        assert words in err
+        assert err.count("\n") == 1
+    tiny_causal("llama").save_pretrained(tmp_path / "llama")
+    tiny_tokenizer(VOCABULARY).save_pretrained(tmp_path / "llama")
+    status, out, err = bench(
+        *("--model", tmp_path / "llama", "--draft-model", tmp_path / "llama"),
+        *("--num-beams", 4, "--num-draft", 1, *prompts),
+    )
+    assert (status, out) == (2, "")
+    assert "only models with an encoder" in err.splitlines()[-1]
 
 
 def test_auto(bench, make, tmp_path):
@@ -371,6 +514,16 @@ def test_speedup_is_a_quotient_of_sums():
     assert figures.speedup(base[:4], other[:4]) == (2.0, None, None)
     same = figures.speedup(answers([3.0] * 50), answers([2.0] * 50))
     assert same == (1.5, 1.5, 1.5)
+
+
+def test_passes_of_a_text_have_an_interval():
+    few, many = (answers([1.0] * 3, rounds=rounds) for rounds in (2, 6))
+    variant = Variant("num-draft 0", Cell(0), lambda prompt, number: few[0])
+    row = figures.summarise(variant, few + many, few + many, [[]] * 6)
+    assert row.passes == 4
+    assert 2 < row.passes_low < 4 < row.passes_high < 6
+    row = figures.summarise(variant, few, few, [[]] * 3)
+    assert (row.passes, row.passes_low, row.passes_high) == (2, None, None)
 
 
 def test_expected_speedup_is_the_papers():
