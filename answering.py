@@ -67,6 +67,7 @@ class Generation:
         stats: the figures so far (:class:`requests.Stats`).
         error: why it came to no end.
         score: what a beam search gives it (:class:`beams.Hypothesis`), else None.
+        searched: whether it comes of a beam search.
         tag: its :class:`Question`'s.
     """
 
@@ -76,6 +77,7 @@ class Generation:
         decode: Callable[[list[int]], str],
         commits: Iterable[Commit] = (),
         tag: Any = None,
+        searched: bool = False,
     ):
         self.prompt = prompt
         self.text = ""
@@ -84,6 +86,7 @@ class Generation:
         self.stats = Stats()
         self.error: InputError | None = None
         self.score: float | None = None
+        self.searched = searched
         self.tag = tag
         self._decode = decode
         self._pieces = self._stream(commits)
@@ -252,7 +255,10 @@ class Answers:
             else:
                 tokens += len(request.prompt)
                 read.append((request, place, answer, bool(question.options)))
-        read.sort(key=lambda one: len(one[0].prompt), reverse=self._downwards)
+        # Of searches only those with as many beams are decoded together.
+        read.sort(
+            key=lambda one: (one[0].width, len(one[0].prompt)), reverse=self._downwards
+        )
         self._window.extend(read)
         self._downwards = not self._downwards
 

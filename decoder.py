@@ -109,6 +109,9 @@ class Engine:
 
     What :meth:`step` raises (Ctrl-C, a processor's error) leaves an engine that is of
     no more use; what concerns one text comes as its last commit.
+
+    Attributes:
+        decoded: how many texts the last step had a round of; 0 where it had none.
     """
 
     def __init__(
@@ -150,6 +153,7 @@ class Engine:
             drafter = lookup = None
         if rows < 1:
             raise InputError(f"batch-size is {rows}: it has to be at least 1")
+        self.decoded = 0
         self._target = target
         self._most = rows
         self._target_positions = target.positions or sys.maxsize
@@ -241,6 +245,7 @@ class Engine:
             What it added, text by text; nothing where a prompt is still being encoded.
         """
         current, self._ahead = self._ahead, None
+        self.decoded = 0
         began, was_ahead = time.perf_counter(), True
         if current is None or not self._active:
             self._settle()
@@ -271,6 +276,7 @@ class Engine:
         self._drafts.observe(
             current.plan, seen, len(outcomes), seconds if typical else None
         )
+        self.decoded = len(seen)
         self._free_rows()
         self._forget_odd()
         return failed + commits

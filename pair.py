@@ -232,7 +232,11 @@ class Pair:
         )
         decode = self.decoder(keep_special)
         text = last_text(prompt)
-        return [Generation(text, decode, row) for row in _by_row(commits, count)]
+        searched = beams is not None and beams.num_beams > 1
+        return [
+            Generation(text, decode, row, searched=searched)
+            for row in _by_row(commits, count)
+        ]
 
     def answers(
         self,
@@ -282,7 +286,9 @@ class Pair:
                     raise question.error
                 prompt = read_prompt(prompt)
                 answer.prompt = last_text(prompt)
-                return answer, self.request(prompt, **its)
+                request = self.request(prompt, **its)
+                answer.searched = request.width > 1
+                return answer, request
             except InputError as error:
                 if not isinstance(error, PromptError) and not question.options:
                     raise  # it is everybody's
@@ -438,7 +444,7 @@ class Pair:
         started = 1 if self.target.has_encoder else len(self._encode(prompt))
         text, vocabulary = last_text(prompt), self.target.vocabulary
         try:
-            return self._files.of(text, started, vocabulary, given)
+            return self._files.of(text, started, vocabulary, given, self.target.trees)
         except InputError as error:
             raise DefaultsError(str(error)) from None
 

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
@@ -48,6 +48,9 @@ class _Fields(Struct):
     bad_words_ids: Annotated[list[Word], Meta(max_length=1 << 16)] | None = None
     suppress_tokens: list[Id] | None = None
     forced_bos_token_id: Id | Annotated[list[Id], Meta(max_length=1)] | None = None
+    num_beams: Annotated[int, Meta(ge=1, le=64)] | None = None
+    length_penalty: Annotated[float, Meta(ge=-10, le=10)] | None = None
+    early_stopping: bool | Literal["never"] | None = None
 
 
 #: The rules of these names that :class:`sampling.Sampling` has, and what is no rule.
@@ -61,10 +64,11 @@ _RULES = {
 }
 #: How transformers samples where a file says that it is to, and no more.
 _SAMPLED = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}
+#: A beam search by the names of :class:`beams.Beams`, and what is none.
+_BEAMS = {"num_beams": (1,), "length_penalty": (1,), "early_stopping": (False,)}
 #: Fields that change the text and that this program has no rule for; what of theirs is
 #: no rule.
 _LACKING: dict[str, tuple[Any, ...]] = {
-    "num_beams": (1,),
     "num_beam_groups": (1,),
     "penalty_alpha": (0,),
     "dola_layers": (),
@@ -97,16 +101,21 @@ class Defaults:
     Attributes:
         where: which file says so, and of which task.
         options: of :class:`sampling.Sampling`, by name.
+        beams: of :class:`beams.Beams`, likewise.
         max_tokens: the most new tokens; None where nothing is said.
         asked: the fields that these come from, as they were found.
         lacking: fields that this program has nothing for, likewise.
+        apart: fields that it does either without sampling or without beams, and that
+            the other of them is before.
     """
 
     where: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    beams: Mapping[str, Any] = field(default_factory=dict)
     max_tokens: int | None = None
     asked: Mapping[str, Any] = field(default_factory=dict)
     lacking: Mapping[str, Any] = field(default_factory=dict)
+    apart: Mapping[str, Any] = field(default_factory=dict)
 
     def lines(self, applied: bool) -> Iterator[str]:
         """What a person should know of it.
@@ -121,11 +130,14 @@ class Defaults:
                 f"the model's {self.where} asks for {_listed(self.asked)}, which "
                 f"--task-defaults applies"
             )
-        if self.lacking:
-            yield (
-                f"the model's {self.where} asks for {_listed(self.lacking)}, which "
-                f"this program cannot do: the text may be another than its makers'"
-            )
+        other = "sampling" if "num_beams" in self.apart else "beams"
+        beside = f" together with {other}"
+        for found, what in ((self.lacking, ""), (self.apart, beside)):
+            if found:
+                yield (
+                    f"the model's {self.where} asks for {_listed(found)}, which this "
+                    f"program cannot do{what}: the text may be another than its makers'"
+                )
 
 
 @dataclass(frozen=True)
@@ -169,6 +181,7 @@ class Files:
         started: int,
         vocabulary: int,
         given: Mapping[str, Any] = MappingProxyType({}),
+        searched: bool = True,
     ) -> Defaults:
         """What is asked for when a prompt is answered.
 
@@ -178,8 +191,9 @@ class Files:
                 ``max_length`` and ``min_length`` count: 1 for a T5, the prompt's for a
                 decoder-only model.
             vocabulary: the number of ids; bans of others are none.
-            given: what has been chosen, options and ``max_tokens`` by name. Fields that
-                it takes the place of are not looked at.
+            given: what has been chosen, options, beams and ``max_tokens`` by name.
+                Fields that it takes the place of are not looked at.
+            searched: whether the model's texts may be searched for with beams.
 
         Raises:
             InputError: a field has an odd value; it is named.
@@ -205,8 +219,12 @@ class Files:
             unread.add("forced_bos_token_id")
         if given.get("temperature") == 0 or values.get("do_sample") in (None, False):
             unread |= {"do_sample", *_SAMPLED}
+        if given.get("num_beams", 1) > 1:
+            unread |= {*_SAMPLED}
+        elif given.get("num_beams", values.get("num_beams")) in (None, 1):
+            unread |= {*_BEAMS}  # by themselves they say nothing
         values = {k: v for k, v in values.items() if k not in unread}
-        return _defaults(where, values, started, vocabulary, given)
+        return _defaults(where, values, started, vocabulary, given, searched)
 
 
 def _defaults(
@@ -215,6 +233,7 @@ def _defaults(
     started: int,
     vocabulary: int,
     given: Mapping[str, Any],
+    searched: bool,
 ) -> Defaults:
     fields = typed(values, _Fields, where)
     found = {name: getattr(fields, name) for name in _RULES}
@@ -222,7 +241,9 @@ def _defaults(
         found["forced_bos_token_id"] = next(iter(found["forced_bos_token_id"]), None)
     for name in ("bad_words_ids", "suppress_tokens"):
         found[name] = _emitted(found[name] or (), vocabulary)
-    if fields.do_sample:
+    # Whoever asks for beams has them without sampling.
+    sampled = bool(fields.do_sample) and given.get("num_beams", 1) <= 1
+    if sampled:
         for name, default in _SAMPLED.items():
             if name not in given:
                 value = getattr(fields, name)
@@ -234,17 +255,21 @@ def _defaults(
         if value is not None and value != nothing.get(name)
     }
     least, most, lengths = _lengths(fields, where, started)
-    asked = options | lengths
+    lacking = _differing(values, _LACKING)
+    if sampled:
+        lacking |= _differing(values, _LACKING_SAMPLED)
+    beams = _differing(values, _BEAMS)
+    apart: dict[str, Any] = {}
+    if not searched:
+        beams, lacking = {}, beams | lacking
+    elif sampled or given.get("temperature", 0) > 0:
+        beams, apart = {}, beams
+    elif fields.do_sample:
+        apart = {"do_sample": True}
+    asked = options | lengths | beams
     if least:
         options["min_new_tokens"] = least
-    lacking = _differing(values, _LACKING)
-    if "num_beams" in lacking:  # without beams they say nothing
-        lacking |= _differing(
-            values, {"length_penalty": (1,), "early_stopping": (False,)}
-        )
-    if fields.do_sample:
-        lacking |= _differing(values, _LACKING_SAMPLED)
-    return Defaults(where, options, most, asked, lacking)
+    return Defaults(where, options, beams, most, asked, lacking, apart)
 
 
 def _lengths(

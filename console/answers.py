@@ -61,10 +61,12 @@ def write_json(answer: Generation, sample: int | None) -> None:
 
 def described(answer: Generation) -> dict[str, Any]:
     """A finished answer as JSON has it."""
+    score = {} if answer.score is None else {"score": answer.score}
     return {
         "text": answer.text,
         "tokens": answer.tokens,
         "finish_reason": answer.finish_reason,
+        **score,
         "stats": answer.stats.as_dict(),
     }
 
@@ -85,22 +87,41 @@ def report(stats: Stats, verbose: bool) -> None:
     say("")
     rounds = f"{stats.new_tokens} tokens in {stats.rounds} target passes"
     say(f"{rounds} ({stats.tokens_per_round:.2f} per pass)")
-    if stats.alpha is not None:
-        judged = f"{stats.accepted} of {stats.tested} judged"
-        say(
-            f"draft: {judged} stood (alpha {stats.alpha:.2f}), {stats.drafted} proposed"
-        )
+    _report_draft(stats, "judged")
     if stats.found:
         say(f"looked up: {stats.found_accepted} of {stats.found} of these")
+    _report_rest(stats, verbose, "tokens")
+
+
+def report_search(stats: Stats, verbose: bool) -> None:
+    """The figures of a beam search, likewise: what is drafted are its steps."""
+    say("")
+    steps = stats.rounds + stats.accepted  # one of each round is the target's own
+    per_pass = steps / stats.rounds if stats.rounds else 0.0
+    say(
+        f"{stats.new_tokens} tokens, by {steps} steps in {stats.rounds} target passes "
+        f"({per_pass:.2f} per pass)"
+    )
+    _report_draft(stats, "judged steps")
+    _report_rest(stats, verbose, "steps")
+
+
+def _report_draft(stats: Stats, judged: str) -> None:
+    if stats.alpha is not None:
+        stood = f"{stats.accepted} of {stats.tested} {judged} stood"
+        say(f"draft: {stood} (alpha {stats.alpha:.2f}), {stats.drafted} proposed")
+
+
+def _report_rest(stats: Stats, verbose: bool, drafted: str) -> None:
     say(
         f"time: {stats.encode_seconds:.3f} s encoding, {stats.decode_seconds:.3f} s "
         f"decoding ({stats.tokens_per_second:.1f} tokens/s)"
     )
     say(f"memory: {stats.peak_memory_bytes / 1e6:.0f} MB at most")
     if verbose:
-        say(f"rounds by draft tokens committed: {stats.accept_histogram}")
+        say(f"rounds by draft {drafted} committed: {stats.accept_histogram}")
         if stats.sizes:
-            say(f"draft tokens by round: {in_runs(stats.sizes)}")
+            say(f"draft {drafted} by round: {in_runs(stats.sizes)}")
 
 
 def in_runs(sizes: list[tuple[int, int]]) -> str:
@@ -125,6 +146,7 @@ class Writer:
             and arguments.separator is None
             and (
                 arguments.num_samples > 1
+                or (arguments.num_return_sequences or 1) > 1
                 or arguments.prompt == "-"
                 or (arguments.interactive and not terminal)
             )

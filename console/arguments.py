@@ -6,6 +6,7 @@ from typing import Any
 
 from console.choosing import NO_DRAFT, add_loading
 from pair import LOOKUP, MOST_ROWS
+from speculation.beams import NEVER, Beams
 from speculation.requests import DELTA, MAX_TOKENS
 from speculation.sampling import COUPLINGS, GREEDY, RESIDUAL, SHARED
 from system.errors import InputError, Parser
@@ -98,6 +99,8 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
     )
     sampling = parser.add_argument_group("sampling")
     _add_sampling(sampling.add_argument)
+    beams = parser.add_argument_group("beam search")
+    _add_beams(beams.add_argument)
     add("--regular-decode", action="store_true", help="decode with the target alone")
     add(
         "--interactive",
@@ -112,8 +115,9 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
     add(
         "--task-defaults",
         action="store_true",
-        help="apply what the model's files ask for: penalties, lengths, sampling, and "
-        "T5's own for prompts like 'summarize: ...'; flags that are given hold",
+        help="apply what the model's files ask for: penalties, lengths, sampling, "
+        "beams, and T5's own for prompts like 'summarize: ...'; flags that are given "
+        "hold",
     )
     add_loading(add)
     add("--chat", action="store_true", help="apply the model's chat template")
@@ -220,6 +224,48 @@ def _add_sampling(add: Callable[..., Any]) -> None:
     option("forced-bos-token-id", int, "ID", "the id of the first token")
 
 
+def _add_beams(add: Callable[..., Any]) -> None:
+    """The flags of a beam search, under the names of transformers; None where they are
+    not given."""
+    usual = Beams(1)
+    add(
+        "--num-beams",
+        type=int,
+        metavar="N",
+        help="of the N most probable texts so far keep on with all, and take the best "
+        f"that ends (default: {usual.num_beams}, no search)",
+    )
+    add(
+        "--length-penalty",
+        type=float,
+        metavar="X",
+        help="compare them by their log-probability over the power X of their length: "
+        f"above 0 longer ones gain (default: {usual.length_penalty:g})",
+    )
+    add(
+        "--early-stopping",
+        type=_early_stopping,
+        nargs="?",
+        const=True,
+        metavar=f"true|false|{NEVER}",
+        help="true ends as soon as N have ended, false where no better one is likely, "
+        f"{NEVER} where none can come any more (default: false; alone: true)",
+    )
+    add(
+        "--num-return-sequences",
+        type=int,
+        metavar="M",
+        help="answer each prompt with the M best, a line each (default: 1)",
+    )
+
+
+def _early_stopping(text: str) -> bool | str:
+    """``true`` and ``false`` as what they are."""
+    if text not in ("true", "false", NEVER):
+        raise ArgumentTypeError(f"'{text}' is neither true, false nor {NEVER}")
+    return text if text == NEVER else text == "true"
+
+
 def _num_draft(text: str) -> int | None:
     """``5`` as a number; None for ``auto``."""
     if text == "auto":
@@ -261,6 +307,8 @@ def check_flags(arguments: Namespace) -> None:
                 raise InputError(f"--{name} is empty: name a file")
         if arguments.num_samples != 1:
             raise InputError("--input has an answer a line: no --num-samples")
+        if arguments.num_return_sequences not in (None, 1):
+            raise InputError("--input has an answer a line: no --num-return-sequences")
         if arguments.resume and arguments.output in (None, "-"):
             raise InputError("--resume needs --output, a file")
     alone = (

@@ -40,7 +40,7 @@ def compare(
             texts[drafts] = [one.text for one in done]
             tokens[drafts] = sum(len(one.tokens) for one in done)
             if drafts is None:
-                for one in done:
+                for one in done[:1] if done[0].searched else done:
                     for size, times in one.stats.sizes:
                         sizes[size] += times
     fast, plain = median(seconds[num_draft]), median(seconds[0])

@@ -6,6 +6,7 @@ lines ──► questions ──► pair.answers ──► outlet, in the order 
 import hashlib
 from argparse import Namespace
 from contextlib import closing, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from console.outlet import Outlet
 from console.progress import Progress
 from console.rules import Rules
 from pair import Pair
+from speculation.beams import Beams
 from speculation.requests import MAX_TOKENS
 from speculation.sampling import GREEDY, SHARED, Sampling
 from system.errors import InputError, PromptError, say
@@ -27,8 +29,11 @@ from text.messages import Messages
 _OTHERS = {
     *("model", "draft_model", "input", "output", "batch_size", "resume", "verbose"),
     *("prompt", "interactive", "compare", "color", "separator", "keep_turns"),
-    *("num_samples", "unverified", "coupling", "compile"),
+    *("num_samples", "num_return_sequences", "unverified", "coupling", "compile"),
 }
+
+#: The flags of a beam search where there is none.
+_NO_BEAMS = asdict(Beams(1))
 
 #: What weights are stored as.
 _WEIGHTS = ("*.npz", "*.safetensors")
@@ -150,10 +155,10 @@ class Job:
         if self._arguments.chat and isinstance(prompt, str):
             prompt = [*self._system, {"role": "user", "content": prompt}]
         try:
-            sampling, most = self._rules.of(prompt)
+            way = self._rules.of(prompt)
         except PromptError as error:
             return Question("", error=error, tag=tag)
-        options = {"sampling": sampling, "max_tokens": most, "stream": line.number - 1}
+        options = {**way._asdict(), "stream": line.number - 1}
         return Question(prompt, options, tag=tag)
 
     def _write(self, answer: Generation) -> None:
@@ -183,6 +188,8 @@ class Job:
         elif blank:
             own["finish_reason"] = None
         ours = {*described(answer), "error"}
+        if answer.searched or (self._arguments.num_beams or 1) > 1:
+            ours.add("score")
         for name in sorted(ours & set(fields)):
             self._say_once(f"the input's field '{name}' gives way to the answer's")
         fields = {name: v for name, v in fields.items() if name not in ours}
@@ -205,19 +212,21 @@ class Job:
 def describe(arguments: Namespace, pair: Pair) -> dict[str, Any]:
     """What the answers of a job depend on, the input aside, by the names of flags."""
     job = {}
+    # Those that the model's files may decide on.
+    usual = {} if arguments.task_defaults else {"max_tokens": MAX_TOKENS, **_NO_BEAMS}
     for name, value in vars(arguments).items():
         if name not in _OTHERS:
-            default = getattr(GREEDY, name, None)
-            if name == "max_tokens" and not arguments.task_defaults:
-                default = MAX_TOKENS
+            default = getattr(GREEDY, name, usual.get(name))
             job[name.replace("_", "-")] = default if value is None else value
     job["seed"] = arguments.seed or 0
     if _coupling(arguments) == SHARED:
         job["coupling"] = SHARED
     # What earlier records do not have.
-    for name, usual in (("lookup", False), ("dtype", "auto")):
-        if job[name] == usual:
-            del job[name]
+    earlier = {"lookup": False, "dtype": "auto"}
+    earlier |= {name: usual.get(name) for name in _NO_BEAMS}
+    for name, without in earlier.items():
+        if job[name.replace("_", "-")] == without:
+            del job[name.replace("_", "-")]
     plain = arguments.regular_decode or arguments.num_draft == 0
     plain = plain or not pair.drafts
     job["model"] = _identity(pair.folder)

@@ -9,13 +9,13 @@ from contextlib import closing
 from itertools import count
 
 from answering import Generation
-from console.answers import Writer, report
+from console.answers import Writer, report, report_search
 from console.arguments import NAME, check_flags, parse_arguments
 from console.choosing import BUNDLED, choose_pair, loading_of
 from console.comparing import compare, describe_machine
 from console.job import Job
 from console.prompts import EXAMPLE_TASK, read_prompts, read_system, require_answerable
-from console.rules import Rules, read_given, read_sampling
+from console.rules import Rules, check_given, read_given, read_texts
 from pair import Pair
 from speculation.requests import MAX_TOKENS, Stats, check_options
 from system import fast_blas
@@ -31,6 +31,7 @@ class Program:
         self._pair = pair
         self._write = write
         self._rules = Rules.of_flags(arguments, pair)
+        self._count = read_texts(arguments).count
         self._system = read_system(pair, arguments.chat, arguments.system)
 
     def answer_prompts(self) -> int:
@@ -99,25 +100,27 @@ class Program:
         if arguments.chat:
             said = self._system if before is None else before
             question = [*said, {"role": "user", "content": prompt}]
-        sampling, most = self._rules.of(question)
+        way = self._rules.of(question)
         if roomy:
-            self._pair.require_positions(question, most)
+            self._pair.require_positions(question, way.max_tokens)
         return lambda num_draft: self._pair.samples(
             question,
-            arguments.num_samples,
-            max_tokens=most,
+            self._count,
             num_draft=num_draft,
             delta=arguments.delta,
-            sampling=sampling,
             stream=stream,
             keep_special=arguments.keep_special,
+            **way._asdict(),
         )
 
     def _report(self, answers: list[Generation]) -> None:
         """Say the figures of a prompt's answers."""
-        stats = [one.stats for one in answers]
         verbose = self._arguments.verbose
-        report(Stats.of_batch(stats, self._pair.batches), verbose)
+        if answers[0].searched:  # all have the figures of their one search
+            report_search(answers[0].stats, verbose)
+        else:
+            stats = [one.stats for one in answers]
+            report(Stats.of_batch(stats, self._pair.batches), verbose)
         if verbose and self._arguments.num_draft is None and self._pair.drafts:
             for line in self._pair.policy.reasons():
                 say(line)
@@ -135,9 +138,12 @@ def main() -> int:
     write = Writer(arguments)
     most = MAX_TOKENS if arguments.max_tokens is None else arguments.max_tokens
     check_options(most, arguments.num_draft or 0, arguments.delta)
-    # What the files ask for is known later, and may make these go together.
-    if not arguments.task_defaults:
-        read_sampling(read_given(arguments), arguments.num_samples, arguments.delta)
+    check_given(
+        read_given(arguments),
+        read_texts(arguments),
+        arguments.delta,
+        arguments.task_defaults,
+    )
 
     if arguments.input is None:
         return _answer(arguments, write)

@@ -3,47 +3,126 @@
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from checkpoints.defaults import DefaultsError
 from pair import Pair, require_text
-from speculation.requests import DELTA, MAX_TOKENS
+from speculation.beams import Beams
+from speculation.requests import DELTA, MAX_TOKENS, check_beams
 from speculation.sampling import Sampling
 from system.errors import InputError, one_line, say
 from text.messages import Messages
 
-#: Samples of a prompt, which are decoded at once.
-MOST_SAMPLES = 1000
+#: Texts of a prompt; samples are decoded at once.
+MOST_TEXTS = 1000
+
+#: What asks for several texts of a prompt: drawn ones, and the best ones of a search.
+SAMPLES, SEQUENCES = "num-samples", "num-return-sequences"
+
+#: The options of how a prompt is answered.
+OPTIONS = frozenset(
+    {"max_tokens", *(each.name for each in (*fields(Sampling), *fields(Beams)))}
+)
+
+
+class Texts(NamedTuple):
+    """How many texts a prompt gets, and what asks for them."""
+
+    count: int = 1
+    name: str = SAMPLES
+
+
+class Way(NamedTuple):
+    """How a prompt is answered: options of :meth:`pair.Pair.samples`."""
+
+    sampling: Sampling
+    max_tokens: int
+    beams: Beams | None
+
+
+ONE = Texts()
+_NO_BEAMS = Beams(1)
 
 
 def read_given(arguments: Namespace) -> dict[str, Any]:
-    """The options of how tokens are chosen that flags were given for."""
-    names = {"max_tokens", *(field.name for field in fields(Sampling))}
-    given = {k: v for k, v in vars(arguments).items() if k in names and v is not None}
+    """The options of how a prompt is answered that flags were given for."""
+    given = {k: v for k, v in vars(arguments).items() if k in OPTIONS and v is not None}
     if "suppress_tokens" in given:
         given["suppress_tokens"] = tuple(given["suppress_tokens"])
     return given
 
 
-def read_sampling(
-    options: Mapping[str, Any], num_samples: int, delta: float
-) -> Sampling:
-    """How tokens are chosen.
+def read_texts(arguments: Namespace) -> Texts:
+    """How many texts of a prompt the flags ask for.
+
+    Raises:
+        InputError: they ask for samples and for those of a search.
+    """
+    if arguments.num_return_sequences is None:
+        return Texts(arguments.num_samples, SAMPLES)
+    if arguments.num_samples != 1:
+        raise InputError(
+            f"--{SAMPLES} are drawn, and --{SEQUENCES} are a beam search's: give one "
+            "of them"
+        )
+    return Texts(arguments.num_return_sequences, SEQUENCES)
+
+
+def check_given(
+    given: Mapping[str, Any], texts: Texts, delta: float, task_defaults: bool
+) -> None:
+    """See to it that options go together, whatever a model's files ask for.
+
+    Raises:
+        InputError: one is out of range, or they do not.
+    """
+    # What the files ask for may make others go together, but nothing with beams.
+    if not task_defaults or given.get("num_beams", 1) != 1:
+        read_way(given, texts, delta)
+
+
+def read_way(options: Mapping[str, Any], texts: Texts, delta: float) -> Way:
+    """How a prompt is answered.
 
     Raises:
         InputError: an option is out of range, or they do not go together.
     """
-    if not 1 <= num_samples <= MOST_SAMPLES:
-        raise InputError(
-            f"num-samples is {num_samples}: it has to be from 1 to {MOST_SAMPLES}"
-        )
-    sampling = Sampling(**{k: v for k, v in options.items() if k != "max_tokens"})
-    if sampling.greedy and num_samples > 1:
-        raise InputError(
-            "at temperature 0 all samples are the same: give a --temperature above 0"
-        )
+    count, name = texts
+    if not 1 <= count <= MOST_TEXTS:
+        raise InputError(f"{name} is {count}: it has to be from 1 to {MOST_TEXTS}")
+    sampling = Sampling(**_those_of(Sampling, options))
     sampling.coupling_at(delta)  # raises where they do not go together
-    return sampling
+    beams = Beams(**{"num_beams": 1, **_those_of(Beams, options)})
+    if beams.num_beams == 1:
+        for each in fields(Beams):
+            if getattr(beams, each.name) != getattr(_NO_BEAMS, each.name):
+                option = each.name.replace("_", "-")
+                raise InputError(f"{option} needs num-beams above 1")
+        if name == SEQUENCES and count > 1:
+            raise InputError(f"{name} needs num-beams above 1")
+        if sampling.greedy and count > 1:
+            raise InputError(
+                f"{name} is {count}, but at temperature 0 all samples are the same: "
+                "give a temperature above 0"
+            )
+        return Way(sampling, options.get("max_tokens", MAX_TOKENS), None)
+    check_beams(beams, sampling, delta)
+    if name == SAMPLES and count > 1:
+        raise InputError(
+            f"{name} is {count}, but a beam search draws nothing: {SEQUENCES} are its "
+            "best texts"
+        )
+    if count > beams.num_beams:
+        raise InputError(
+            f"{name} is {count}: a search with {beams.num_beams} beams has no more "
+            "texts than that"
+        )
+    return Way(sampling, options.get("max_tokens", MAX_TOKENS), beams)
+
+
+def _those_of(kind: type, options: Mapping[str, Any]) -> dict[str, Any]:
+    names = {each.name for each in fields(kind)}
+    return {name: value for name, value in options.items() if name in names}
 
 
 class Rules:
@@ -57,23 +136,28 @@ class Rules:
         *,
         bad_words: Sequence[str] | None = None,
         task_defaults: bool = False,
-        num_samples: int = 1,
+        texts: Texts = ONE,
         delta: float = DELTA,
         said: set[str] | None = None,
     ):
         """
         Args:
-            given: options of :class:`Sampling`, and ``max_tokens``, where it is asked
-                for any.
-            bad_words, task_defaults, num_samples, delta: as the flags have them.
+            given: options of :class:`Sampling` and :class:`Beams`, and
+                ``max_tokens``, where it is asked for any.
+            bad_words, task_defaults, texts, delta: as the flags have them.
             said: what was said already.
 
         Raises:
-            InputError: a bad word is none.
+            InputError: a bad word is none, or the model cannot be searched with beams.
         """
+        if given.get("num_beams", 1) > 1 and not pair.target.trees:
+            raise InputError(
+                "num-beams is above 1, but only models with an encoder are searched "
+                "with beams here"
+            )
         self._pair = pair
         self._applied = task_defaults
-        self._num_samples = num_samples
+        self._texts = texts
         self._delta = delta
         self._given = dict(given)
         self._said = set() if said is None else said
@@ -88,22 +172,22 @@ class Rules:
             read_given(arguments),
             bad_words=arguments.bad_words,
             task_defaults=arguments.task_defaults,
-            num_samples=arguments.num_samples,
+            texts=read_texts(arguments),
             delta=arguments.delta,
         )
 
-    def of(self, prompt: str | Messages) -> tuple[Sampling, int]:
-        """How tokens are chosen, and the most that may be.
+    def of(self, prompt: str | Messages) -> Way:
+        """How a prompt is answered.
 
         Raises:
             PromptError: the prompt cannot be read.
             InputError: the rules are odd, or do not go together.
         """
-        options = {"max_tokens": MAX_TOKENS, **self._asked_for(prompt), **self._given}
-        sampling = read_sampling(options, self._num_samples, self._delta)
+        options = {**self._asked_for(prompt), **self._given}
+        way = read_way(options, self._texts, self._delta)
         # Of no prompt in particular: said before one is answered.
-        sampling.chain(self._pair.target.vocabulary, self._pair.eos_tokens)
-        return sampling, options["max_tokens"]
+        way.sampling.chain(self._pair.target.vocabulary, self._pair.eos_tokens)
+        return way
 
     def _asked_for(self, prompt: str | Messages) -> dict[str, Any]:
         """What the model's files ask for, which is said, as far as it is applied."""
@@ -118,7 +202,8 @@ class Rules:
             self._say(line)
         if not self._applied:
             return {}
-        return {**asked.options, "max_tokens": asked.max_tokens or MAX_TOKENS}
+        most = asked.max_tokens or MAX_TOKENS
+        return {**asked.options, **asked.beams, "max_tokens": most}
 
     def _say(self, line: str) -> None:
         if line not in self._said:

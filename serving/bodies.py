@@ -5,15 +5,15 @@ bearing on the text is passed over.
 """
 
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta, Struct
 
+from console.rules import OPTIONS, SEQUENCES, Texts, check_given
 from pair import require_text
 from speculation.requests import DELTA, check_options
-from speculation.sampling import Sampling
 from system.errors import InputError, PromptError, one_line
 from text.messages import Messages, read_prompt
 
@@ -23,6 +23,7 @@ _LARGEST = 2**31 - 1
 
 _Count = Annotated[int, Meta(ge=0, le=_LARGEST)]
 _Number = float | None
+_Texts = Annotated[int, Meta(ge=1, le=_MOST_TEXTS)]
 _Stop = Annotated[str, Meta(min_length=1, max_length=_LONGEST_STOP)]
 _Word = Annotated[str, Meta(max_length=256)]
 _Stops = Annotated[list[_Stop], Meta(max_length=_MOST_STOPS)]
@@ -110,7 +111,7 @@ class _Body(Struct, forbid_unknown_fields=True, kw_only=True):
     model: str | None = None
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
-    n: Annotated[int, Meta(ge=1, le=_MOST_TEXTS)] | None = None
+    n: _Texts | None = None
     stop: _Stop | _Stops | None = None
     seed: int | None = None
     max_tokens: Annotated[int, Meta(ge=1, le=_LARGEST)] | None = None
@@ -129,6 +130,10 @@ class _Body(Struct, forbid_unknown_fields=True, kw_only=True):
     bad_words: Annotated[list[_Word], Meta(max_length=256)] | None = None
     suppress_tokens: Annotated[list[_Count], Meta(max_length=10_000)] | None = None
     forced_bos_token_id: _Count | None = None
+    num_beams: _Count | None = None
+    length_penalty: _Number = None
+    early_stopping: bool | str | None = None
+    num_return_sequences: _Texts | None = None
     task_defaults: bool | None = None
     keep_special: bool | None = None
     show_drafted: bool | None = None
@@ -152,8 +157,8 @@ class Asked:
         chat: whether it is a conversation.
         model: the name it gives; None for whatever is there.
         prompts: one or more.
-        count: texts of each.
-        given: options of :class:`Sampling`, and ``max_tokens``, that it names.
+        count: texts of each, and ``counted``, the name that asks for them.
+        given: of :data:`rules.OPTIONS` those that it names.
         stops: strings that end a text.
         num_draft, delta, bad_words, task_defaults, keep_special: main.py's flags.
         stream, usage: whether it is sent bit by bit, and then how long it was.
@@ -174,11 +179,22 @@ class Asked:
     stream: bool = False
     usage: bool = False
     show_drafted: bool = False
+    counted: str = "n"
 
     @property
     def texts(self) -> int:
         """How many there are to be."""
         return self.count * len(self.prompts)
+
+    @property
+    def width(self) -> int:
+        """How many texts' room each prompt takes: a search that of its beams."""
+        return max(self.count, self.given.get("num_beams", 1))
+
+    @property
+    def room(self) -> int:
+        """How many texts' room all of it takes."""
+        return self.width * len(self.prompts)
 
 
 def read(raw: bytes, chat: bool) -> Asked:
@@ -262,10 +278,9 @@ def _asked(body: "_Completion | _Chat", chat: bool) -> Asked:
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
     for stop in stops:
         require_text(stop, "stop")
-    names = {f.name for f in fields(Sampling)} | {"max_tokens"}
     given = {
         name: value
-        for name in names & set(body.__struct_fields__)
+        for name in OPTIONS & set(body.__struct_fields__)
         if (value := getattr(body, name)) is not None
     }
     if chat:
@@ -280,15 +295,8 @@ def _asked(body: "_Completion | _Chat", chat: bool) -> Asked:
         given = {k: v for k, v in given.items() if k not in ("top_k", "top_p", "min_p")}
     delta = DELTA if body.delta is None else body.delta
     check_options(given.get("max_tokens", 1), body.num_draft or 0, delta)
-    options = {name: value for name, value in given.items() if name != "max_tokens"}
-    if not body.task_defaults:  # what the files ask for may make these go together
-        sampling = Sampling(**options)
-        sampling.coupling_at(delta)
-        if sampling.greedy and (body.n or 1) > 1:
-            raise InputError(
-                "n is above 1, but at temperature 0 all texts are the same: give a "
-                "temperature above 0"
-            )
+    texts = _texts(body.n, body.num_return_sequences)
+    check_given(given, texts, delta, bool(body.task_defaults))
     if body.stream_options and not body.stream:
         raise InputError("stream_options need stream")
     usage = body.stream_options and body.stream_options.include_usage
@@ -296,7 +304,7 @@ def _asked(body: "_Completion | _Chat", chat: bool) -> Asked:
         chat=chat,
         model=body.model,
         prompts=prompts,
-        count=body.n or 1,
+        count=texts.count,
         given=given,
         stops=tuple(stops),
         num_draft=body.num_draft,
@@ -307,4 +315,16 @@ def _asked(body: "_Completion | _Chat", chat: bool) -> Asked:
         stream=bool(body.stream),
         usage=bool(usage),
         show_drafted=bool(body.show_drafted),
+        counted=texts.name,
     )
+
+
+def _texts(n: int | None, sequences: int | None) -> Texts:
+    """How many texts of a prompt, and what asks for them."""
+    if sequences is None:
+        return Texts(n or 1, "n")
+    if n not in (None, sequences):
+        raise InputError(
+            f"n is {n} and num_return_sequences {sequences}: they have to be the same"
+        )
+    return Texts(sequences, SEQUENCES if n is None else "n")

@@ -1,7 +1,5 @@
 """What has happened, in Prometheus' text format."""
 
-from collections.abc import Sequence
-
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -10,8 +8,6 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
-
-from speculation.requests import Commit
 
 disable_created_metrics()  # when each count began: a line for every line
 
@@ -76,14 +72,16 @@ class Metrics:
         """A prompt of so many tokens was taken."""
         self._tokens.labels("prompt").inc(tokens)
 
-    def round(self, commits: Sequence[Commit]) -> None:
-        """One round, and what it added."""
-        if not commits:
-            return  # a prompt is being encoded
-        self._rounds.inc()
-        self._batch.observe(len(commits))
-        self._running.set(len(commits))
-        self._tokens.labels("completion").inc(sum(len(c.tokens) for c in commits))
+    def round(self, texts: int) -> None:
+        """One round, of so many texts; none where a prompt is being encoded."""
+        if texts:
+            self._rounds.inc()
+            self._batch.observe(texts)
+            self._running.set(texts)
+
+    def written(self, tokens: int) -> None:
+        """A text has got so many tokens."""
+        self._tokens.labels("completion").inc(tokens)
 
     def finished(self, accepted: int, rejected: int) -> None:
         """What became of a text's draft tokens."""

@@ -11,8 +11,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
 from serving.bodies import Asked, RefusedError, blamed
+from serving.jobs import Added, Begun, Event, FullError, Job
 from serving.metrics import Metrics
-from serving.worker import Added, Begun, Event, FullError, Job, Worker
+from serving.worker import Worker
 from speculation.requests import Stats
 from system.errors import InputError, say
 
@@ -33,7 +34,8 @@ class Reply(Response):
         kind = "chatcmpl" if asked.chat else "cmpl"
         self._id = f"{kind}-{secrets.token_hex(12)}"
         self._created = int(time.time())
-        self._stats = [Stats() for _ in range(asked.texts)]
+        self._tokens = [0] * asked.texts
+        self._stats = [Stats() for _ in self._tokens]
         self._prompt_tokens = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -83,9 +85,11 @@ class Reply(Response):
                 if isinstance(each, Begun):
                     self._prompt_tokens = each.prompt_tokens
                     continue
-                if not any(stats.new_tokens for stats in self._stats):
+                if not any(self._tokens):
                     self._metrics.first_text(time.monotonic() - self._began)
-                self._stats[each.choice] = each.stats
+                self._tokens[each.choice] = each.tokens
+                if each.stats:
+                    self._stats[each.choice] = each.stats
                 left -= each.finish_reason is not None
                 added.append(each)
             yield added
@@ -99,12 +103,12 @@ class Reply(Response):
     ) -> None:
         """One object."""
         pieces: list[list[tuple[str, bool]]] = [[] for _ in self._stats]
-        reasons: list[str | None] = [None] * len(pieces)
+        ends: list[dict[str, Any]] = [{} for _ in pieces]
         try:
             async for added in events:
                 for each in added:
                     pieces[each.choice] += each.pieces
-                    reasons[each.choice] = each.finish_reason
+                    ends[each.choice] = _end_of(each)
         except RefusedError as error:
             await error_response(error)(scope, receive, send)
             return
@@ -117,7 +121,7 @@ class Reply(Response):
                 choice["message"] = message
             else:
                 choice["text"] = text
-            choice |= {"logprobs": None, "finish_reason": reasons[index]}
+            choice |= {"logprobs": None, **ends[index]}
             if self._asked.show_drafted:
                 choice["pieces"] = _merged(its)
             choices.append(choice)
@@ -159,7 +163,8 @@ class Reply(Response):
 
     def _role(self, choice: int) -> bytes:
         delta = {"role": "assistant", "content": ""}
-        return self._chunk_of({"index": choice, "delta": delta}, None)
+        end = {"finish_reason": None}
+        return self._chunk_of({"index": choice, "delta": delta}, end)
 
     def _chunk(self, added: Added) -> bytes:
         """What a text got in a round; nothing where that is not known yet."""
@@ -173,10 +178,10 @@ class Reply(Response):
             choice["text"] = text
         if self._asked.show_drafted:
             choice["pieces"] = _merged(added.pieces)
-        return self._chunk_of(choice, added.finish_reason)
+        return self._chunk_of(choice, _end_of(added))
 
-    def _chunk_of(self, choice: dict[str, Any], reason: str | None) -> bytes:
-        choice |= {"logprobs": None, "finish_reason": reason}
+    def _chunk_of(self, choice: dict[str, Any], end: dict[str, Any]) -> bytes:
+        choice |= {"logprobs": None, **end}
         value = {**self._head(".chunk"), "choices": [choice]}
         if self._asked.usage:
             value["usage"] = None  # as of all chunks but the last
@@ -192,7 +197,7 @@ class Reply(Response):
         }
 
     def _usage(self) -> dict[str, int]:
-        tokens = sum(stats.new_tokens for stats in self._stats)
+        tokens = sum(self._tokens)
         return {
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": tokens,
@@ -210,16 +215,25 @@ class Reply(Response):
             "accepted": whole.accepted,
         }
 
+    def _several(self) -> str:
+        """The field that asks for many texts."""
+        asked = self._asked
+        if asked.given.get("num_beams", 1) > 1:
+            return "num_beams"
+        if asked.count > 1:
+            return asked.counted.replace("-", "_")
+        return "messages" if asked.chat else "prompt"
+
     def _unanswered(self, error: Exception) -> RefusedError:
         """What a client is told of why there is no answer."""
         if isinstance(error, FullError):
-            if self._asked.texts > self._worker.most:
-                several = "messages" if self._asked.chat else "prompt"
+            room = self._asked.room
+            if room > self._worker.most:
                 return RefusedError(
                     400,
-                    f"{self._asked.texts} texts are asked for: at most "
-                    f"{self._worker.most} are taken at once",
-                    param="n" if self._asked.count > 1 else several,
+                    f"{room} texts are asked for, a search counted by its beams: at "
+                    f"most {self._worker.most} are taken at once",
+                    param=self._several(),
                 )
             return RefusedError(
                 429,
@@ -290,6 +304,12 @@ def _body(body: bytes, more: bool = True) -> Message:
 def _event(value: dict[str, Any]) -> bytes:
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     return b"data: " + text.encode() + b"\n\n"
+
+
+def _end_of(added: Added) -> dict[str, Any]:
+    """How a text has ended, if it has, and with what score, if there is one."""
+    score = {} if added.score is None else {"score": added.score}
+    return {"finish_reason": added.finish_reason, **score}
 
 
 def _merged(pieces: list[tuple[str, bool]]) -> list[tuple[str, bool]]:

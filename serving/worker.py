@@ -10,21 +10,20 @@ import traceback
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from queue import Empty, SimpleQueue
 from threading import Lock, Thread
 
 import mlx.core as mx
 
-from console.rules import Rules
+from console.rules import Rules, Texts
 from pair import Pair
 from serving.bodies import Asked
+from serving.jobs import Begun, FullError, Job, Row, Text
 from serving.metrics import Metrics
-from serving.stops import Cut
-from speculation.requests import Commit, Request, Stats
+from speculation.requests import Commit, Request
 from system.errors import InputError, TooLongError
 from text.messages import Messages, last_text
-from text.tokenizer import TextStream
 
 #: Seconds between two times that what was measured is kept.
 _KEEPING = 60.0
@@ -32,94 +31,6 @@ _KEEPING = 60.0
 _PAUSE = 0.02
 #: Characters of a prompt, for each token that it may have.
 _CHARACTERS = 32
-
-
-@dataclass(frozen=True)
-class Added:
-    """What a text has got.
-
-    Attributes:
-        choice: which of the job's.
-        pieces: bits of text, and whether a draft token completed each.
-        stats: its figures so far.
-        finish_reason: "stop" or "length" if that was all, else None.
-    """
-
-    choice: int
-    pieces: list[tuple[str, bool]]
-    stats: Stats
-    finish_reason: str | None
-
-
-@dataclass(frozen=True)
-class Begun:
-    """A job is under way: its prompts have so many tokens in all."""
-
-    prompt_tokens: int
-
-
-#: What is told of a job: at first that it has begun, at last an error or that all its
-#: texts are finished.
-Event = Begun | Added | Exception
-
-
-class FullError(Exception):
-    """There is no more room for who waits."""
-
-
-class Job:
-    """One client's request.
-
-    Attributes:
-        asked: what it asks for.
-        tell: takes an event, in the worker's thread.
-        texts: that are neither finished nor given up.
-        unread: prompts that are not encoded yet, and their places.
-        requests: what the engine is still to be asked for.
-        numbers: the engine's, of what it was asked for.
-        prompt_tokens: of the prompts that are encoded.
-        rules: how they are answered, once the first is.
-    """
-
-    def __init__(self, asked: Asked, tell: Callable[[Event], None]):
-        self.asked = asked
-        self.tell = tell
-        self.texts = asked.texts
-        self.unread = deque(enumerate(asked.prompts))
-        self.requests: deque[Request] = deque()
-        self.numbers: list[int] = []
-        self.prompt_tokens = 0
-        self.rules: Rules | None = None
-
-
-class _Text:
-    """A text on its way: from tokens to pieces."""
-
-    def __init__(self, job: Job, choice: int, decode: Callable[[list[int]], str]):
-        self.job, self.choice = job, choice
-        self._stream = TextStream(decode)
-        self._cut = Cut(job.asked.stops)
-
-    def take(self, commit: Commit) -> Added:
-        """What a commit adds to it."""
-        pieces: list[tuple[str, bool]] = []
-        stats, drafted = commit.stats, False
-        for place, token in enumerate(commit.tokens):
-            drafted = place < commit.accepted
-            pieces += self._push(self._stream.push(token), drafted)
-            if self._cut.ended:
-                # What came after it in the same round is of no text.
-                stats.new_tokens -= len(commit.tokens) - place - 1
-                return Added(self.choice, pieces, stats, "stop")
-        reason = commit.finish_reason
-        if reason:
-            pieces += self._push(self._stream.finish(), drafted)
-            reason = "stop" if reason == "eos" or self._cut.ended else reason
-            pieces += self._cut.finish()
-        return Added(self.choice, pieces, stats, reason)
-
-    def _push(self, text: str, drafted: bool) -> list[tuple[str, bool]]:
-        return self._cut.push(text, drafted) if text and not self._cut.ended else []
 
 
 class Worker:
@@ -159,8 +70,8 @@ class Worker:
         self._metrics = metrics
         self._orders: SimpleQueue[tuple[str, Job | None]] = SimpleQueue()
         self._lock = Lock()
-        self._count = 0  # texts that were taken and are not done with
-        self._texts: dict[int, _Text] = {}
+        self._count = 0  # the room of those who were taken and are not done with
+        self._rows: dict[int, Row] = {}  # by the engine's number
         self._turns: deque[Job] = deque()  # jobs that have more to begin with
         self._said: set[str] = set()
         self._kept = time.monotonic()
@@ -173,7 +84,8 @@ class Worker:
 
     @property
     def most(self) -> int:
-        """The most texts that there may be at once, those that wait included."""
+        """The most texts that there may be at once, those that wait included; a search
+        takes the room of as many as it has beams."""
         return self.rows + self._waiting
 
     @property
@@ -197,9 +109,9 @@ class Worker:
         with self._lock:
             if self.fault:
                 raise InputError("the server is stopping")
-            if self._count + job.texts > self.most:
+            if self._count + job.room > self.most:
                 raise FullError
-            self._count += job.texts
+            self._count += job.room
             self._orders.put(("begin", job))
 
     def give_up(self, job: Job) -> None:
@@ -281,6 +193,7 @@ class Worker:
         texts does not go before all of another's. Others' rounds wait meanwhile, so
         not for long."""
         began, idle = time.monotonic(), 0
+        held: Job | None = None  # who waits for room in the batch, and goes first
         while self._turns and idle < len(self._turns):
             job = self._turns.popleft()
             self._turns.append(job)
@@ -288,20 +201,35 @@ class Worker:
             if job.unread:
                 self._read(job)
                 idle = 0
-            elif self._engine.wanted:
+            elif self._engine.wanted and not held:
+                if not self._has_room(job.requests[0]):
+                    held = job
+                    continue
                 self._admit(job, job.requests.popleft())
                 if not job.requests:
                     self._turns.remove(job)
                 idle = 0
             if self._engine.busy and time.monotonic() - began > _PAUSE:
-                return
+                break
+        while held and self._turns[0] is not held:
+            self._turns.rotate()
+
+    def _has_room(self, request: Request) -> bool:
+        """Whether a search has as many rows to itself as it has beams."""
+        taken = sum(row.room for row in self._rows.values())
+        return request.width == 1 or not taken or taken + request.width <= self.rows
 
     def _admit(self, job: Job, request: Request) -> None:
         number = self._engine.admit(request)
-        choice = len(job.numbers)
         job.numbers.append(number)
         decode = self._pair.decoder(job.asked.keep_special)
-        self._texts[number] = _Text(job, choice, decode)
+        size = job.asked.count if request.width > 1 else 1
+        texts = [
+            Text(job, job.choices + place, decode, best=not place, alone=size == 1)
+            for place in range(size)
+        ]
+        job.choices += size
+        self._rows[number] = Row(job, texts, request.width)
 
     def _read(self, job: Job) -> None:
         """Encode the next of its prompts; when all are, it has begun."""
@@ -314,6 +242,8 @@ class Worker:
                 traceback.print_exception(error)
             self._fail(job, error)
             return
+        # How many beams the model's files bring is known now.
+        self._release(job, job.asked.width - sum(each.width for each in requests))
         job.requests.extend(requests)
         job.prompt_tokens += len(requests[0].prompt)
         if not job.unread:
@@ -336,7 +266,7 @@ class Worker:
             asked.given,
             bad_words=asked.bad_words,
             task_defaults=asked.task_defaults,
-            num_samples=asked.count,
+            texts=Texts(asked.count, asked.counted),
             delta=asked.delta,
             said=self._said,
         )
@@ -344,7 +274,7 @@ class Worker:
     def _requests(
         self, asked: Asked, rules: Rules, place: int, prompt: "str | Messages"
     ) -> list[Request]:
-        """What to ask the engine for: each text of a prompt.
+        """What to ask the engine for: each text of a prompt, or one search.
 
         Raises:
             InputError: it is odd.
@@ -356,20 +286,20 @@ class Worker:
                 f"the prompt has {len(text)} characters: at most "
                 f"{_CHARACTERS * self._most_prompt} are read here"
             )
-        sampling, most = rules.of(question)
-        if most > self._most_tokens:
+        way = rules.of(question)
+        if way.max_tokens > self._most_tokens:
             raise InputError(
-                f"max_tokens is {most}: at most {self._most_tokens} are written here"
+                f"max_tokens is {way.max_tokens}: at most {self._most_tokens} are "
+                "written here"
             )
         # With a seed the text that main.py writes for it; else another each time.
-        stream = secrets.randbits(31) if sampling.seed is None else place
+        stream = secrets.randbits(31) if way.sampling.seed is None else place
         first = self._pair.request(
             question,
-            max_tokens=most,
             delta=asked.delta,
-            sampling=sampling,
             stream=stream,
             num_draft=asked.num_draft,
+            **way._asdict(),
         )
         size = len(first.prompt)
         if size > self._most_prompt:
@@ -377,6 +307,8 @@ class Worker:
                 f"the prompt has {size} tokens: at most {self._most_prompt} are read "
                 "here"
             )
+        if way.beams:
+            return [first]
         return [
             replace(first, stream=(stream, sample)) for sample in range(asked.count)
         ]
@@ -394,25 +326,35 @@ class Worker:
     def _step(self) -> None:
         """One round, and what came of it."""
         commits = self._engine.step()
-        self._metrics.round(commits)
+        self._metrics.round(self._engine.decoded)
         for commit in commits:
-            text = self._texts.get(commit.id)
-            if text is None:
+            row = self._rows.get(commit.id)
+            if row is None:
                 continue  # another text of its job has failed
-            if commit.error:
-                self._fail(text.job, commit.error)
+            its = [commit]
+            if commit.finish_reason:
+                its += commit.others(len(row.texts))
+            failed = [each.error for each in its if each.error]
+            if failed:
+                self._fail(row.job, failed[0])
                 continue
             try:
-                added = text.take(commit)
+                self._take(row, its)
             except Exception as error:  # a tokenizer's process may die
                 traceback.print_exception(error)
-                self._fail(text.job, error)
-                continue
-            if added.finish_reason:
-                stats = added.stats
-                self._metrics.finished(stats.accepted, stats.tested - stats.accepted)
-                self._finish(commit.id, text)
-            text.job.tell(added)
+                self._fail(row.job, error)
+
+    def _take(self, row: Row, its: list[Commit]) -> None:
+        """What a commit adds to the texts of a row, and at last those of the others."""
+        pairs = zip(row.texts, its, strict=False)
+        added = [text.take(commit) for text, commit in pairs]
+        self._metrics.written(sum(len(commit.tokens) for commit in its))
+        if added[0].finish_reason:
+            stats = its[0].stats
+            self._metrics.finished(stats.accepted, stats.tested - stats.accepted)
+            self._finish(its[0].id, row)
+        for each in added:
+            row.job.tell(each)
 
     def _recover(self, error: Exception) -> None:
         """Go on without those who were in the engine: whose fault it was is not known,
@@ -425,21 +367,21 @@ class Worker:
 
     def _jobs(self) -> "set[Job]":
         """Those that are not done with."""
-        return {*self._turns, *(text.job for text in self._texts.values())}
+        return {*self._turns, *(row.job for row in self._rows.values())}
 
-    def _finish(self, number: int, text: _Text) -> None:
-        """A text is finished, if only because a stop string occurred."""
-        del self._texts[number]
-        text.job.texts -= 1
-        self._release(1)
+    def _finish(self, number: int, row: Row) -> None:
+        """Its texts are finished, if only because a stop string occurred."""
+        del self._rows[number]
+        row.job.texts -= len(row.texts)
+        self._release(row.job, row.room)
         self._engine.cancel(number)
 
     def _drop(self, job: Job) -> None:
         """Do no more for a job."""
         with suppress(ValueError):
             self._turns.remove(job)
-        left = [number for number in job.numbers if self._texts.pop(number, None)]
-        self._release(job.texts)
+        left = [number for number in job.numbers if self._rows.pop(number, None)]
+        self._release(job, job.room)
         job.texts = 0
         for number in left:
             self._engine.cancel(number)
@@ -449,9 +391,10 @@ class Worker:
             job.tell(error)
         self._drop(job)
 
-    def _release(self, texts: int) -> None:
+    def _release(self, job: Job, room: int) -> None:
+        job.room -= room
         with self._lock:
-            self._count -= texts
+            self._count -= room
 
     def _keep(self, seconds: float) -> None:
         """Keep what was measured for the next run, if the last time is long ago."""

@@ -14,8 +14,9 @@ from pair import Pair
 from serving import app as app_module
 from serving.app import make_app
 from serving.bodies import Asked
+from serving.jobs import Added, Begun, FullError, Job
 from serving.metrics import Metrics
-from serving.worker import Added, Begun, FullError, Job, Worker
+from serving.worker import Worker
 from system.errors import InputError
 
 PROMPTS = [
@@ -71,7 +72,7 @@ class Harness:
         while self.worker.count or self.worker._engine.busy:
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        assert not self.worker._texts and not self.worker._engine._texts
+        assert not self.worker._rows and not self.worker._engine._texts
 
 
 def text_of(events, texts=1):
