@@ -16,11 +16,13 @@ import convert
 from checkpoints import defaults
 from checkpoints.defaults import Files
 from pair import Pair
+from speculation.beams import MOST_BEAMS, MOST_PENALTY, Beams
 from speculation.processors import BadWords, Prefix
 from speculation.requests import MAX_TOKENS
 from speculation.sampling import Sampling
 from system import errors
 from system.errors import InputError
+from system.files import typed
 
 PROMPT = "the cat on the cat"
 
@@ -62,6 +64,7 @@ def texts(source, folder, prompt=PROMPT) -> tuple[list[int], list[int]]:
     answer = pair.generate(
         prompt,
         sampling=Sampling(**asked.options),
+        beams=Beams(**asked.beams) if asked.beams else None,
         max_tokens=asked.max_tokens or 20,  # as many as transformers has by itself
     ).finish()
     with torch.no_grad():
@@ -85,6 +88,18 @@ RULES = {
     "least new": {"min_new_tokens": 18, "repetition_penalty": 1.9},
     "greedy": {"temperature": 0.3, "top_p": 0.2, "top_k": 5},
     "nothing": {"num_beams": 1, "length_penalty": 2.0, "do_sample": False},
+    "nothing by themselves": {"length_penalty": 99.0, "early_stopping": True},
+    "beams": {"num_beams": 3},
+    "beams of a length": {"num_beams": 3, "length_penalty": -1.5, "max_length": 14},
+    "longer beams": {"num_beams": 4, "length_penalty": 3, "early_stopping": "never"},
+    "as T5 summarizes": {
+        "num_beams": 4,
+        "length_penalty": 2.0,
+        "early_stopping": True,
+        "min_length": 9,
+        "max_length": 18,
+        "no_repeat_ngram_size": 3,
+    },
     "together": {
         "repetition_penalty": 1.4,
         "bad_words_ids": [[7, 9], [12], [1]],
@@ -101,7 +116,9 @@ def test_text_is_generates(asks, name):
     assert got == expected
 
 
-@pytest.mark.parametrize("name", ["repetition", "most", "forced", "together"])
+@pytest.mark.parametrize(
+    "name", ["repetition", "most", "forced", "together", "as T5 summarizes"]
+)
 def test_old_configs_have_them_themselves(asks, name):
     """Read where there is no generation_config.json, as transformers has it."""
     expected, got = texts(*asks(None, **RULES[name]))
@@ -120,8 +137,8 @@ def test_words_that_are_banned(asks):
         assert got == expected != plain
 
 
-def of(folder, prompt=PROMPT, started=1, vocabulary=96):
-    return Files.read(folder).of(prompt, started, vocabulary)
+def of(folder, prompt=PROMPT, started=1, vocabulary=96, **more):
+    return Files.read(folder).of(prompt, started, vocabulary, **more)
 
 
 def test_sampling_is_asked_for_with_transformers_own_values(asks):
@@ -143,9 +160,7 @@ def test_sampling_is_asked_for_with_transformers_own_values(asks):
 
 def test_what_is_lacking_is_named(asks):
     lacking = {
-        "num_beams": 4,
-        "length_penalty": 2.0,
-        "early_stopping": True,
+        "num_beam_groups": 4,
         "forced_eos_token_id": 1,
         "sequence_bias": [[[4], -1.0]],
         "stop_strings": ["a"],
@@ -156,7 +171,7 @@ def test_what_is_lacking_is_named(asks):
     assert asked.lacking == lacking
     assert asked.options == {} and asked.max_tokens is None
     (line,) = asked.lines(applied=True)
-    assert "num_beams 4" in line and "length_penalty 2, early" in line
+    assert "num_beam_groups 4, forced_eos_token_id 1" in line
     assert "sequence_bias (1)" in line
     _, folder = asks(dict.fromkeys(lacking))
     assert not list(of(folder).lines(applied=False))
@@ -165,7 +180,7 @@ def test_what_is_lacking_is_named(asks):
 def test_every_field_of_transformers_is_accounted_for():
     """Rules, what is lacking, and what does not change a text or is read elsewhere."""
     known = {*defaults._RULES, *defaults._LACKING, *defaults._LACKING_SAMPLED}
-    known |= {"do_sample", *defaults._SAMPLED, "length_penalty", "early_stopping"}
+    known |= {"do_sample", *defaults._SAMPLED, *defaults._BEAMS}
     known |= {"max_length", "max_new_tokens", "min_length", "min_new_tokens"}
     known |= {"pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"}
     silent = {
@@ -206,7 +221,13 @@ def test_tasks_are_told_by_how_a_prompt_begins(asks):
         "no_repeat_ngram_size": 3,
         "min_new_tokens": 8,
     }
-    assert asked.lacking["num_beams"] == 4
+    assert asked.beams == {
+        "num_beams": 4,
+        "length_penalty": 2.0,
+        "early_stopping": True,
+    }
+    assert not asked.lacking and not asked.apart
+    assert not of(folder, "the cat: sat on").beams
     assert of(folder, "the cat: sat on").max_tokens == 11
     assert of(folder, "a cat: on").max_tokens == 7
     # What counts the prompt, where there is no encoder.
@@ -218,13 +239,13 @@ def test_tasks_are_told_by_how_a_prompt_begins(asks):
 
 
 def test_told_once_and_applied_when_asked(call, asks):
-    _, folder = asks({"repetition_penalty": 2.5, "max_length": 9, "num_beams": 2})
+    _, folder = asks({"repetition_penalty": 2.5, "max_length": 9, "num_beam_groups": 2})
     flags = ("--model", folder, "--draft-model", "none", "--prompt", PROMPT, "--json")
     status, out, err = call(*flags)
     assert status == 0
-    asked, beams = err.splitlines()
+    asked, groups = err.splitlines()
     assert "repetition_penalty 2.5, max_length 9, which --task-defaults app" in asked
-    assert "num_beams 2" in beams and "cannot" in beams
+    assert "num_beam_groups 2" in groups and "cannot" in groups
     assert len(json.loads(out)["tokens"]) > 8
     status, out, err = call(*flags, "--task-defaults")
     assert status == 0
@@ -237,7 +258,7 @@ def test_told_once_and_applied_when_asked(call, asks):
     flags = (*flags, "--task-defaults", "--repetition-penalty", 1)
     status, out, err = call(*flags, "--max-tokens", MAX_TOKENS)
     assert json.loads(out)["tokens"] == pair.generate(PROMPT).finish().tokens
-    assert "num_beams 2" in err and "repetition" not in err
+    assert "num_beam_groups 2" in err and "repetition" not in err
 
 
 def test_sampling_that_is_asked_for(call, asks):
@@ -253,7 +274,122 @@ def test_sampling_that_is_asked_for(call, asks):
     assert status == 0
     assert json.loads(out)["tokens"] == json.loads(call(*flags)[1])["tokens"]
     status, _, err = call(*flags, "--num-samples", 2)
-    assert status == 2 and "--temperature" in err
+    assert status == 2 and "temperature above 0" in err
+
+
+SEARCH = {"num_beams": 3, "length_penalty": 2.0, "early_stopping": True}
+
+
+def test_beams_that_are_asked_for(call, asks):
+    """Not applied unless that is asked for; flags take the place of each."""
+    _, folder = asks({**SEARCH, "max_new_tokens": 12})
+    first = ("--model", folder, "--draft-model", "none", "--prompt", PROMPT, "--json")
+    pair = Pair.load(str(folder))
+
+    def expected(**changed):
+        beams = Beams(**{**SEARCH, **changed})
+        return pair.generate(PROMPT, max_tokens=12, beams=beams).finish().tokens
+
+    status, out, err = call(*first, "--max-tokens", 12)
+    assert (status, err.count("\n")) == (0, 1)
+    assert "num_beams 3, length_penalty 2, early_stopping True, which --task" in err
+    greedy = pair.generate(PROMPT, max_tokens=12).finish().tokens
+    assert json.loads(out)["tokens"] == greedy
+    flags = (*first, "--task-defaults")
+    for more, changed, said in (
+        ([], {}, "num_beams 3, length_penalty 2, early_stopping True"),
+        (["--num-beams", 2], {"num_beams": 2}, "length_penalty 2, early_stopping True"),
+        (["--early-stopping", "false"], {"early_stopping": False}, "_penalty 2\n"),
+        (["--length-penalty", -3], {"length_penalty": -3.0}, "3, early_stopping True"),
+        (["--num-return-sequences", 1], {}, "early_stopping True"),
+    ):
+        status, out, err = call(*flags, *more)
+        assert (status, err.count("\n"), said in err) == (0, 1, True), (more, err)
+        assert json.loads(out)["tokens"] == expected(**changed), more
+    status, out, err = call(*flags, "--num-beams", 1)
+    assert json.loads(out)["tokens"] == greedy and "beams" not in err
+    status, out, _ = call(*flags, "--num-return-sequences", 3)
+    assert [json.loads(line)["sample"] for line in out.splitlines()] == [0, 1, 2]
+    for more, words in (
+        (["--num-return-sequences", 4], "a search with 3 beams has no more"),
+        (["--num-samples", 2], "a beam search draws nothing"),
+        (["--delta", 0.5], "delta is above 0"),
+    ):
+        status, out, err = call(*flags, *more)
+        assert (status, out) == (2, "") and words in err.splitlines()[-1]
+
+
+def test_beams_without_a_number_of_them(call, asks):
+    """What a file says of a search is so where a flag asks for one."""
+    _, folder = asks({"length_penalty": 2.0, "early_stopping": True})
+    flags = ("--model", folder, "--draft-model", "none", "--prompt", PROMPT, "--json")
+    flags = (*flags, "--task-defaults", "--max-tokens", 12)
+    status, out, err = call(*flags)
+    assert (status, err) == (0, "")
+    status, out, err = call(*flags, "--num-beams", 3)
+    assert (status, "length_penalty 2, early_stopping True" in err) == (0, True)
+    beams = Beams(**SEARCH)
+    answer = Pair.load(str(folder)).generate(PROMPT, max_tokens=12, beams=beams)
+    assert json.loads(out)["tokens"] == answer.finish().tokens
+
+
+def test_beams_and_sampling(call, asks):
+    """What asks for the one has it without the other, which is said."""
+    _, folder = asks(SEARCH)
+    flags = ("--model", folder, "--draft-model", "none", "--prompt", PROMPT, "--json")
+    warm = ("--temperature", 1, "--seed", 3)
+    whole = "num_beams 3, length_penalty 2, early_stopping True, which this program "
+    for more in ([], ["--task-defaults"]):
+        status, out, err = call(*flags, *warm, *more)
+        assert (status, err.count("\n")) == (0, 1)
+        assert whole + "cannot do together with sampling" in err
+        rules = Sampling(temperature=1.0, seed=3)
+        answer = Pair.load(str(folder)).generate(PROMPT, sampling=rules)
+        assert json.loads(out)["tokens"] == answer.finish().tokens
+    _, folder = asks({"do_sample": True, "top_k": 7, "num_beams": 3})
+    asked = of(folder)
+    assert (asked.beams, asked.apart) == ({}, {"num_beams": 3})
+    assert asked.options == {"temperature": 1.0, "top_k": 7}
+    for given in ({"num_beams": 2}, {"temperature": 0}):
+        asked = of(folder, given=given)
+        assert asked.options == {}
+        assert asked.beams == ({"num_beams": 3} if "temperature" in given else {})
+        assert asked.apart == ({} if "temperature" in given else {"do_sample": True})
+    flags = ("--model", folder, "--draft-model", "none", "--prompt", PROMPT, "--json")
+    status, out, err = call(*flags, "--task-defaults", "--num-beams", 2)
+    assert status == 0 and "do_sample True, which this program cannot do tog" in err
+    assert "together with beams" in err
+    answer = Pair.load(str(folder)).generate(PROMPT, beams=Beams(2)).finish()
+    assert json.loads(out)["tokens"] == answer.tokens
+
+
+def test_lines_that_are_searched_for_and_others(call, asks, tmp_path):
+    """As a task has it: each line of a file by its own rules."""
+    _, folder = asks({}, TASKS)
+    lines = ["the cat: on", "on", "the cat: sat", "sat on the", "the cat: a b", "a"]
+    source = tmp_path / "in.txt"
+    source.write_text("\n".join(lines))
+    flags = ("--model", folder, "--draft-model", "none", "--json", "--task-defaults")
+    status, out, _ = call(*flags, "--input", source, "--batch-size", 3)
+    assert status == 0
+    found = [json.loads(line) for line in out.splitlines()]
+    alone = [json.loads(call(*flags, "--prompt", line)[1]) for line in lines]
+    assert [one["tokens"] for one in found] == [one["tokens"] for one in alone]
+    assert ["score" in one for one in found] == [":" in line for line in lines]
+
+
+def test_ranges_are_those_of_a_search():
+    """Which is in another room, beside this one."""
+    for count in (1, MOST_BEAMS):
+        for penalty in (-MOST_PENALTY, MOST_PENALTY):
+            values = {"num_beams": count, "length_penalty": penalty}
+            typed(values, defaults._Fields, "it")
+    for name, value in (
+        *(("num_beams", 0), ("num_beams", MOST_BEAMS + 1)),
+        *(("length_penalty", each * (MOST_PENALTY + 0.1)) for each in (-1, 1)),
+    ):
+        with pytest.raises(InputError, match=name):
+            typed({name: value}, defaults._Fields, "it")
 
 
 @pytest.mark.parametrize(
@@ -269,6 +405,12 @@ def test_sampling_that_is_asked_for(call, asks):
         ({"do_sample": True, "top_k": -1}, "top_k"),
         ({"do_sample": True, "top_p": 0}, "top_p"),
         ({"suppress_tokens": "all"}, "suppress_tokens"),
+        ({"num_beams": 0}, "num_beams"),
+        ({"num_beams": 65}, "num_beams"),
+        ({"num_beams": "4"}, "num_beams"),
+        ({"num_beams": 2, "length_penalty": 11}, "length_penalty"),
+        ({"num_beams": 2, "early_stopping": "always"}, "early_stopping"),
+        ({"num_beams": 2, "early_stopping": 1}, "early_stopping"),
     ],
 )
 def test_odd_values_are_named_and_harmless(call, asks, fields, words):
@@ -291,6 +433,7 @@ def test_odd_values_are_named_and_harmless(call, asks, fields, words):
         ({"min_length": "x", "min_new_tokens": -3}, ("--min-new-tokens", 0)),
         ({"do_sample": True, "temperature": 0, "top_k": "x"}, ("--temperature", 0)),
         ({"do_sample": True, "top_k": 7, "top_p": 0.8}, ("--temperature", 0)),
+        ({"num_beams": "x", "length_penalty": "y"}, ("--num-beams", 1)),
     ],
 )
 def test_a_flag_takes_the_place_of_whatever_a_file_says(call, asks, fields, flags):
@@ -309,8 +452,10 @@ def test_a_decoder_only_model(call, tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path)
     path = tmp_path / "generation_config.json"
     fields = {"max_length": 14, "forced_bos_token_id": 30, "repetition_penalty": 1.3}
+    beams = {"num_beams": 2, "length_penalty": 2.0}  # which it is not searched with
     path.write_text(json.dumps({"eos_token_id": 1, "pad_token_id": 0} | fields))
     reference.generation_config = GenerationConfig.from_pretrained(tmp_path)
+    path.write_text(json.dumps({"eos_token_id": 1, "pad_token_id": 0} | fields | beams))
     flags = ("--model", tmp_path, "--draft-model", "none", "--json", "--task-defaults")
     pair = Pair.load(str(tmp_path))
     said = set()
@@ -321,7 +466,9 @@ def test_a_decoder_only_model(call, tmp_path):
         status, out, err = call(*flags, "--prompt", prompt)
         assert (status, json.loads(out)["tokens"]) == (0, expected)
         said.add(err)
-    assert len(said) == 1
+    (told,) = said
+    assert "num_beams 2, length_penalty 2, which this program cannot do: " in told
+    assert "for: max_length 14" in told or "repetition_penalty 1.3, max" in told
     long = "the cat sat on " * 9
     status, out, err = call(*flags, "--prompt", long)
     assert status == 2 and "max_length of 14" in err and "--max-tokens" in err
@@ -352,13 +499,13 @@ def test_long_bad_words_cost_no_more_than_short_ones(make):
 
 
 def test_converting_says_what_a_model_asks_for(asks, tmp_path, monkeypatch, capsys):
-    source, _ = asks({"repetition_penalty": 2.5, "num_beams": 3})
+    source, _ = asks({"repetition_penalty": 2.5, "num_beams": 3, "num_beam_groups": 3})
     arguments = ["convert.py", "--model", str(source), "--output", str(tmp_path / "o")]
     monkeypatch.setattr(sys, "argv", arguments)
     assert errors.run(convert.main, "convert.py") == 0
-    asked, beams, done = capsys.readouterr().err.splitlines()
-    assert "repetition_penalty 2.5" in asked
-    assert "num_beams 3" in beams
+    asked, groups, done = capsys.readouterr().err.splitlines()
+    assert "repetition_penalty 2.5, num_beams 3" in asked
+    assert "num_beam_groups 3" in groups
     assert done.startswith("converted into ")
 
 

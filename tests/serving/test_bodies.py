@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from console.arguments import parse_arguments
 from serving import bodies
 from serving.bodies import RefusedError, read
+from speculation.beams import Beams
 from speculation.sampling import Sampling
 
 
@@ -67,6 +68,28 @@ def test_every_option_of_sampling_arrives():
     names = {field.name for field in fields(Sampling)}
     assert names - set(given_) == {"bad_words_ids", "processors"}
     assert asked(bad_words=["x"]).bad_words == ("x",)
+
+
+def test_every_option_of_a_search_arrives():
+    search = {"num_beams": 4, "length_penalty": -2.0, "early_stopping": "never"}
+    assert asked(**search).given == search
+    assert set(search) == {field.name for field in fields(Beams)}
+    for value in (True, False):
+        its = asked(num_beams=2, early_stopping=value).given["early_stopping"]
+        assert its is value
+    # One beam is none, and so are neutral values.
+    asked(num_beams=1, length_penalty=1, early_stopping=False, num_return_sequences=1)
+
+
+def test_the_best_of_a_search():
+    """By either name; room is that of the beams."""
+    for names in (["n"], ["num_return_sequences"], ["n", "num_return_sequences"]):
+        it = asked(num_beams=4, prompt=["a", "b"], **dict.fromkeys(names, 3))
+        assert (it.count, it.texts, it.room) == (3, 6, 8)
+    assert asked(n=3, temperature=1).room == asked(num_beams=3).room == 3
+    # The model's files may bring beams.
+    assert asked(num_return_sequences=3, task_defaults=True).count == 3
+    assert asked(length_penalty=2, task_defaults=True).given == {"length_penalty": 2.0}
 
 
 def test_openais_other_names():
@@ -127,6 +150,10 @@ WRONG = {
     "bad_words": ["x", [5]],
     "model": [5],
     "best_of": [2, "x"],
+    "num_beams": [0, -1, 65, 1.5, "2", True],
+    "length_penalty": [11, -11, "x", 2],  # 2: without beams
+    "early_stopping": ["always", 1, True, "never"],  # likewise the last ones
+    "num_return_sequences": [0, -1, 1000, "2", 3],
     "unheard_of": [1],
 }
 
@@ -140,6 +167,29 @@ def test_wrong_values_name_their_field(name):
         param, message = refused(**raw)
         assert param == name, (value, param, message)
         assert message and "\n" not in message
+
+
+@pytest.mark.parametrize("more", [{}, {"task_defaults": True}], ids=str)
+@pytest.mark.parametrize(
+    "options, name",
+    [
+        ({"temperature": 1}, "num_beams"),
+        ({"delta": 0.5}, "delta"),
+        ({"n": 5}, "n"),
+        ({"num_return_sequences": 5}, "num_return_sequences"),
+        ({"n": 2, "num_return_sequences": 3}, "n"),
+        ({"n": 1, "num_return_sequences": 2}, "n"),
+        ({"top_p": 0.5}, "top_p"),
+        ({"length_penalty": 11}, "length_penalty"),
+        ({"early_stopping": "maybe"}, "early_stopping"),
+        ({"best_of": 3}, "best_of"),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_with_beams(options, name, more):
+    for chat in (False, True):
+        if not (chat and name == "best_of"):
+            assert refused(chat, num_beams=4, **options, **more)[0] == name
 
 
 def test_conversations():
