@@ -15,6 +15,7 @@ from transformers import AutoModelForSeq2SeqLM, GenerationConfig
 import convert
 from checkpoints import defaults
 from checkpoints.defaults import Files
+from decoder import Engine
 from pair import Pair
 from speculation.beams import MOST_BEAMS, MOST_PENALTY, Beams
 from speculation.processors import BadWords, Prefix
@@ -363,8 +364,16 @@ def test_beams_and_sampling(call, asks):
     assert json.loads(out)["tokens"] == answer.tokens
 
 
-def test_lines_that_are_searched_for_and_others(call, asks, tmp_path):
-    """As a task has it: each line of a file by its own rules."""
+def test_lines_that_are_searched_for_and_others(call, asks, tmp_path, monkeypatch):
+    """As a task has it: each line of a file by its own rules, and a batch waits for
+    the other kind once, not line by line."""
+    admit, widths = Engine.admit, []
+
+    def noting(self, request):
+        widths.append(request.width)
+        return admit(self, request)
+
+    monkeypatch.setattr(Engine, "admit", noting)
     _, folder = asks({}, TASKS)
     lines = ["the cat: on", "on", "the cat: sat", "sat on the", "the cat: a b", "a"]
     source = tmp_path / "in.txt"
@@ -372,6 +381,7 @@ def test_lines_that_are_searched_for_and_others(call, asks, tmp_path):
     flags = ("--model", folder, "--draft-model", "none", "--json", "--task-defaults")
     status, out, _ = call(*flags, "--input", source, "--batch-size", 3)
     assert status == 0
+    assert widths == [1, 1, 1, 4, 4, 4]
     found = [json.loads(line) for line in out.splitlines()]
     alone = [json.loads(call(*flags, "--prompt", line)[1]) for line in lines]
     assert [one["tokens"] for one in found] == [one["tokens"] for one in alone]
