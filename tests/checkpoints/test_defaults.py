@@ -375,7 +375,8 @@ def test_lines_that_are_searched_for_and_others(call, asks, tmp_path, monkeypatc
 
     monkeypatch.setattr(Engine, "admit", noting)
     _, folder = asks({}, TASKS)
-    lines = ["the cat: on", "on", "the cat: sat", "sat on the", "the cat: a b", "a"]
+    lines = ["the cat: on", "on", "the cat: a cat on the cat", "sat on the cat " * 2]
+    lines += ["the cat: a b", "the cat " * 5]
     source = tmp_path / "in.txt"
     source.write_text("\n".join(lines))
     flags = ("--model", folder, "--draft-model", "none", "--json", "--task-defaults")

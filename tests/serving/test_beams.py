@@ -12,6 +12,7 @@ from test_worker import LONG, PROMPTS, Harness, ask, text_of
 from tiny_causal import tiny_causal
 
 from pair import Pair
+from serving import worker
 from serving.app import make_app
 from serving.bodies import Asked
 from serving.jobs import Added, FullError, Job
@@ -316,6 +317,8 @@ def test_who_waits_for_room_goes_first():
         submit("searched", num_beams=4)
         for _ in range(6):
             submit("other")
+        for _ in range(60):  # in which they could be answered
+            first_text(events)
         done = []
         it.worker.give_up(running)
         while len(done) < 7:
@@ -324,6 +327,27 @@ def test_who_waits_for_room_goes_first():
             if isinstance(event, Added) and event.finish_reason:
                 done.append(name)
         assert done[0] == "searched"
+        it.idle()
+
+
+@pytest.mark.parametrize("pause", [worker._PAUSE, -1], ids=["", "hurried"])
+def test_nor_do_all_of_many_go_before_it(monkeypatch, pause):
+    """Of jobs that came before: those that are begun with."""
+    monkeypatch.setattr(worker, "_PAUSE", pause)
+    with Harness(rows=4) as it:
+        many = SimpleQueue()
+        for _ in range(4):
+            it.worker.submit(Job(Asked(False, None, PROMPTS * 4), many.put))
+        while not isinstance(many.get(timeout=60), Added):
+            pass
+        _, events = it.submit(given={"num_beams": 4})
+        text_of(events)
+        ended = 0
+        while not many.empty():
+            event = many.get()
+            ended += isinstance(event, Added) and event.finish_reason is not None
+        assert ended < 40
+        assert text_of(many, 64 - ended)
         it.idle()
 
 
