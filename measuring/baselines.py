@@ -350,6 +350,8 @@ def _draft(pair: Pair) -> T5:
     return pair.drafter.session.model
 
 
+#: Of the programs the one that drafts and samples as well.
+MLX_LM = "mlx-lm"
 #: By the names that --baseline takes; mlx-lm's are made cell by cell.
 MAKE: dict[str, Callable[..., Baseline]] = {
     "transformers": transformers_generate,
@@ -359,3 +361,9 @@ MAKE: dict[str, Callable[..., Baseline]] = {
 }
 #: Of those the ones that take beams as well.
 SEARCHING = {"transformers", "ctranslate2", "ctranslate2-int8"}
+
+
+def named(name: str, pair: Pair, max_tokens: int, beams: Beams | None) -> Baseline:
+    """The program of that name in :data:`MAKE`; with ``beams`` one that takes them."""
+    options = {"beams": beams} if beams else {}
+    return MAKE[name](pair, max_tokens, **options)

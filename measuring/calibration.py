@@ -18,7 +18,7 @@ difference is the draft's.
 
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ from tqdm import tqdm
 from decoder import Engine
 from speculation.drafting import Drafter
 from speculation.lookup import LONGEST, Found, Lookup
-from speculation.policy import Fate, Plan, Prospect
+from speculation.policy import Fate, Plan, Policy, Prospect
 from speculation.requests import Request
 from speculation.session import Session
 from system.device import on_gpu
@@ -168,6 +168,42 @@ def calibrate(
     finally:
         bar.close()
     return curve_of(sweeps, batch_size, complete)
+
+
+def calibrate_each(
+    target: Session,
+    drafter: Drafter | None,
+    prompts: list[list[int]],
+    batch_sizes: Iterable[int],
+    max_tokens: int,
+    policy: Policy,
+) -> Iterator[Curve]:
+    """Time rounds of each batch size, and have the policy go by what was measured to
+    the end.
+
+    After Ctrl-C there is no further one.
+
+    Args:
+        target, drafter, prompts, max_tokens: of :func:`calibrate`.
+
+    Raises:
+        InputError: there is no room for such rounds.
+    """
+    known = False
+    for size in batch_sizes:
+        try:
+            curve = calibrate(target, drafter, prompts, size, max_tokens, policy.most)
+        except KeyboardInterrupt:
+            if not known:
+                raise
+            say(f"interrupted: nothing is known of batch {size}")
+            return
+        known = True
+        if curve.complete:
+            policy.calibrate(size, curve.plain, curve.costs, curve.sweeps)
+        yield curve
+        if not curve.complete:
+            return
 
 
 def curve_of(

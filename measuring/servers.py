@@ -1,20 +1,24 @@
 """Servers to measure: each in a process of its own, which ends with its measurement."""
 
+import asyncio
 import signal
 import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import Empty, Queue
 from types import FrameType
 from typing import IO, NamedTuple
 
-from measuring.load import http
+from measuring.load import WARM, Asked, LoadRow, http, load, row_of
 from pair import LOOKUP, Pair
-from system.errors import InputError
+from system.errors import InputError, say
 
+#: Requests that wait at a server: more than there can be clients.
+QUEUE = 4096
 #: Seconds within which a server has to be ready.
 START = 120.0
 #: Seconds that one has to end by itself, once it is told to.
@@ -25,6 +29,7 @@ _PAUSE = 0.1
 _LISTENS = "listening on "
 #: Where modules are found by their names.
 _PROJECT = Path(__file__).resolve().parents[1]
+SERVE = _PROJECT / "serve.py"
 
 
 class Terminated(KeyboardInterrupt):
@@ -86,6 +91,62 @@ class Server:
         """Wait for the last words of one whose process has ended."""
         # Not for long: a process that it has left behind may have its stderr.
         self._reader.join(1)
+
+
+def servers_of(
+    models: Models, limits: Iterable[int], max_tokens: int, *, others: bool
+) -> Iterator[tuple[str, int | None, list[str]]]:
+    """The servers to measure: a name, the batch limit, and what starts it.
+
+    Args:
+        limits: of ours, which take requests of up to ``max_tokens``.
+        others: the usual one is among them, which has no limit.
+    """
+    for size in dict.fromkeys(limits):
+        most = {"max-batch": size, "max-queue": QUEUE, "max-tokens": max_tokens}
+        flags = [flag for name, n in most.items() for flag in (f"--{name}", str(n))]
+        command = [sys.executable, str(SERVE), "--port", "0", *flags]
+        yield f"serve.py, max-batch {size}", size, [*command, *models.all]
+    if others:
+        command = [sys.executable, "-m", "measuring.their_server", *models.target]
+        yield "transformers, one at a time", None, command
+
+
+def measure_servers(
+    servers: Iterable[tuple[str, int | None, list[str]]],
+    requests: Sequence[Asked],
+    clients: int,
+    expected: Mapping[Asked, str],
+) -> list[LoadRow]:
+    """Start each, have so many clients ask it, and end it; a row for each.
+
+    After Ctrl-C, those that are done by then, if there are any.
+
+    Args:
+        servers: of :func:`servers_of`.
+        expected: plain decoding's texts.
+
+    Raises:
+        InputError: one does not come up.
+        Terminated: on SIGTERM.
+    """
+    rows: list[LoadRow] = []
+    for name, size, command in servers:
+        try:
+            with running(name, command) as server:
+                asyncio.run(load(server.url, requests[:WARM], clients, quiet=True))
+                replies, seconds = asyncio.run(load(server.url, requests, clients))
+        except KeyboardInterrupt as error:
+            if not rows or isinstance(error, Terminated):
+                raise
+            say(f"interrupted: nothing is known of {name}")
+            break
+        row = row_of(name, size, requests, replies, seconds, expected)
+        rows.append(row)
+        if row.lost:
+            say(f"{name}: {row.lost} requests are lost, the first: {row.why}")
+            say(f"its last line: {server.last or 'none'}")
+    return rows
 
 
 @contextmanager

@@ -121,3 +121,22 @@ def simulated(pair: SimulatedPair, cell: Cell) -> Variant:
         return Answer("", tokens, time.perf_counter() - began, stats)
 
     return Variant(f"{cell} (simulated)", cell, answer)
+
+
+def variants_of(
+    pair: Pair, cells: list[Cell], others: list[str], max_tokens: int
+) -> list[Variant]:
+    """This program in every cell, and the others by their names: mlx-lm in every cell
+    that is its, another one once, with the beams of the cells."""
+    variants = [ours(pair, cell, max_tokens) for cell in cells]
+    for name in others:
+        if name == baselines.MLX_LM:
+            each = [
+                baselines.mlx_lm(pair, max_tokens, cell.num_draft, cell.temperature)
+                for cell in cells
+                if not cell.delta and cell.num_draft != AUTO
+            ]
+        else:
+            each = [baselines.named(name, pair, max_tokens, cells[0].beams)]
+        variants += [theirs(pair, baseline) for baseline in each]
+    return variants

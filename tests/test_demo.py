@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-import benchmark
 import main
 from console import choosing, prompts
 from measuring import figures
+from measuring.arguments import PROMPTS
 from measuring.prompts import read_prompts
 from pair import Pair
 
@@ -22,7 +22,7 @@ def bundled():
 
 def test_speculation_changes_nothing(bundled):
     """On sentences that the pair never saw; the draft is right more often than not."""
-    references = read_prompts(benchmark.PROMPTS, None)
+    references = read_prompts(PROMPTS, None)
     prompts = random.Random(0).sample(sorted(references), 25)
     drafted = [bundled.generate(prompt, max_tokens=32).finish() for prompt in prompts]
     plain = [

@@ -18,7 +18,9 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 import benchmark
 import convert
+from console.choosing import NO_DRAFT, add_loading
 from measuring import baselines, figures, timing, variants
+from measuring.arguments import cells, parse_arguments, sweep
 from measuring.prompts import read_prompts
 from measuring.simulation import SimulatedPair
 from measuring.timing import Cost
@@ -295,22 +297,22 @@ def test_auto(bench, make, tmp_path):
 
 
 def test_auto_is_among_the_defaults():
-    args = benchmark.parse_arguments([])
+    args = parse_arguments(add_loading, NO_DRAFT, [])
     assert args.num_draft == [*range(1, 9), "auto"]
     assert (args.delta, args.temperature, args.repeats) == ([0.0], [0.0], 1)
-    found = [cell.num_draft for cell in benchmark.cells(args)]
+    found = [cell.num_draft for cell in cells(args)]
     assert found == [0, *range(1, 9), "auto"]
 
 
 def test_sweeps():
-    assert benchmark.sweep("0..3") == [0, 1, 2, 3]
-    assert benchmark.sweep("5,0,2..4") == [5, 0, 2, 3, 4]
-    assert benchmark.sweep("auto,1..2", auto=True) == ["auto", 1, 2]
+    assert sweep("0..3") == [0, 1, 2, 3]
+    assert sweep("5,0,2..4") == [5, 0, 2, 3, 4]
+    assert sweep("auto,1..2", auto=True) == ["auto", 1, 2]
     for text in ("", "auto", "1,", "..2", "1..2..3", "-1", "2..1", "1..x", "1..99999"):
         with pytest.raises(ArgumentTypeError):
-            benchmark.sweep(text)
+            sweep(text)
     with pytest.raises(ArgumentTypeError, match="nor auto"):
-        benchmark.sweep("1,automatic", auto=True)
+        sweep("1,automatic", auto=True)
 
 
 def test_looked_up_drafts(bench, make, tmp_path):

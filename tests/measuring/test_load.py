@@ -426,7 +426,7 @@ def test_whole_run(bench, make, script, monkeypatch, tmp_path):
     texts[last.prompt][str(last.max_tokens)] += "!"
     same = draw(PROMPTS, 12, 6).count(last)
     program = script(f"TEXTS = {texts!r}\n{FAKE}")[1]
-    monkeypatch.setattr(benchmark, "SERVE", program)
+    monkeypatch.setattr(servers, "SERVE", program)
     status, out, err = bench(
         *("--model", make()[2], "--draft-model", "none", "--prompts", prompts),
         *("--serve", "1,8", "--clients", 3, "--limit", 12, "--max-tokens", 6),
@@ -466,8 +466,8 @@ def test_ctrl_c_keeps_the_servers_that_are_done(
         return [Reply("", 1.0, 1.0, "stop", 1) for _ in requests], 1.0
 
     (tmp_path / "prompts.txt").write_text("the cat\n")
-    monkeypatch.setattr(benchmark, "load", interrupted)
-    monkeypatch.setattr(benchmark, "SERVE", script("TEXTS = {}\n" + FAKE)[1])
+    monkeypatch.setattr(servers, "load", interrupted)
+    monkeypatch.setattr(servers, "SERVE", script("TEXTS = {}\n" + FAKE)[1])
     status, out, err = bench(
         *("--model", make()[2], "--draft-model", "none", "--limit", 2),
         *("--prompts", tmp_path / "prompts.txt", "--serve", "1,2,4"),
@@ -501,7 +501,7 @@ def test_what_serving_does_not_go_with(bench, tmp_path):
 
 def test_a_server_that_fails_is_one_line(bench, make, script, monkeypatch, tmp_path):
     (tmp_path / "prompts.txt").write_text("the cat\n")
-    monkeypatch.setattr(benchmark, "SERVE", script("exit('no such model')")[1])
+    monkeypatch.setattr(servers, "SERVE", script("exit('no such model')")[1])
     status, out, err = bench(
         *("--model", make()[2], "--draft-model", "none", "--limit", 2),
         *("--prompts", tmp_path / "prompts.txt", "--serve", "1"),
