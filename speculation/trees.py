@@ -251,7 +251,13 @@ class _Growing:
             self._logits = self._feed(level.tokens, self._fed, level.back)
         scores, tokens = self._scorer.guess(self._logits, level.path, self._width)
         size = scores.shape[2]
-        scores = (scores + self._scores[:, :, None]).flatten(1)
+        scores = scores + self._scores[:, :, None]
+        if size * scores.shape[1] < self._width:  # there are not so many tokens
+            size = self._width
+            more = [(0, 0), (0, 0), (0, size - scores.shape[2])]
+            scores = mx.pad(scores, more, constant_values=-math.inf)
+            tokens = mx.pad(tokens, more)
+        scores = scores.flatten(1)
         best = mx.argsort(-scores, axis=1)[:, : self._width]
         self._scores = mx.take_along_axis(scores, best, axis=1)
         token = mx.take_along_axis(tokens.flatten(1), best, axis=1)
