@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import numpy as np
@@ -49,19 +50,22 @@ class Beams:
     early_stopping: bool | str = False
 
     def __post_init__(self) -> None:
-        if not 1 <= self.num_beams <= MOST_BEAMS:
+        count, penalty, how = self.num_beams, self.length_penalty, self.early_stopping
+        whole = isinstance(count, Integral) and not isinstance(count, bool)
+        if not (whole and 1 <= count <= MOST_BEAMS):
             raise InputError(
-                f"num-beams is {self.num_beams}: it has to be from 1 to {MOST_BEAMS}"
+                f"num-beams is {count!r}: it has to be a whole number from 1 to "
+                f"{MOST_BEAMS}"
             )
-        if not abs(self.length_penalty) <= MOST_PENALTY:  # NaN too
+        number = isinstance(penalty, Real) and not isinstance(penalty, bool)
+        if not (number and abs(penalty) <= MOST_PENALTY):  # NaN too
             raise InputError(
-                f"length-penalty is {self.length_penalty}: it has to be from "
+                f"length-penalty is {penalty!r}: it has to be a number from "
                 f"{-MOST_PENALTY:g} to {MOST_PENALTY:g}"
             )
-        if self.early_stopping not in (True, False, NEVER):
+        if not (isinstance(how, bool) or how == NEVER):
             raise InputError(
-                f"early-stopping is {self.early_stopping!r}: it has to be true, false "
-                f"or {NEVER}"
+                f"early-stopping is {how!r}: it has to be true, false or {NEVER}"
             )
 
 

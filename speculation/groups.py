@@ -156,6 +156,15 @@ class Group(Row):
         search, before = self.search, self.search.steps
         known = outcome.plant()
         if not all(_usable(node.table) for node in outcome.fed):
+            for node in outcome.fed:
+                node.table = None
+            if outcome.roots:
+                # It may be the draft that the target makes no numbers of, which reach
+                # whatever attends beside it.
+                self.drafted = False
+                self.taken = self.added = 0
+                self._count(outcome.size, False, 0, 0)
+                return None
             return self.fail(fault())
         while not search.over and search.step(known):
             pass

@@ -140,7 +140,8 @@ def launch_trees(
     free = _slots(rows, size + steps * width + 1)
     for its, room in zip(fed, free.tolist(), strict=True):
         for node, slot in zip(its, room, strict=False):
-            node.slot = slot
+            if node.slot is None:  # else it is fed once more
+                node.slot = slot
     levels, scratch = free[:, size:-1], free[:, -1]
     slots = 1 + max(int(free.max()), *(row.highest for row in rows if row))
     scorer = _Scorer(rows)
@@ -151,7 +152,13 @@ def launch_trees(
         growing = _Growing(draft, rows, scorer, scratch, slots, width)
         roots = growing.roots
         grown += [growing.step(at) for at in np.split(levels, steps, axis=1)]
-    inside = mx.clip(_joined(each.tokens for each in grown), 0, target.vocabulary - 1)
+    tokens = _joined(each.tokens for each in grown)
+    if steps and not all(roots):
+        # What is not judged is nothing that could do harm.
+        safe = mx.array([row.sequence[0] if row else 0 for row in rows])[:, None]
+        judged = mx.array([bool(its) for its in roots])[:, None]
+        tokens = mx.where(judged | (mx.arange(tokens.shape[1]) < size), tokens, safe)
+    inside = mx.clip(tokens, 0, target.vocabulary - 1)
     at = np.concatenate([whole.slots, levels], axis=1)
     back = _joined(each.back for each in grown)
     logits, total = target.extend_tree(inside, at, back)
@@ -219,7 +226,8 @@ class _Growing:
         self._draft, self._scorer, self._width = draft, scorer, width
         #: What it goes on from, in the rows that it was given.
         self.roots = [
-            list(row.search.running) if row and row.entered else [] for row in rows
+            list(row.search.running) if row and row.entered and row.drafted else []
+            for row in rows
         ]
         most = max(1, *map(len, self.roots))
         fed: list[list[Node | None]] = []
