@@ -134,10 +134,14 @@ class Node:
         """How many tokens back each position of the caches is (n,) int32, its own the
         last; -1 for those that are none of its text."""
         if self._back is None:
-            before = self.parent.back if self.parent else np.zeros(0, np.int32)
-            back = np.full(max(len(before), self.slot + 1), -1, np.int32)
-            back[: len(before)] = np.where(before < 0, -1, before + 1)
-            back[self.slot] = 0
+            known, slots = self, []  # up to one that knows it
+            while known and known._back is None:
+                slots.append(known.slot)
+                known = known.parent
+            before = known._back if known else np.zeros(0, np.int32)
+            back = np.full(max(len(before), max(slots) + 1), -1, np.int32)
+            back[: len(before)] = np.where(before < 0, -1, before + len(slots))
+            back[slots] = np.arange(len(slots))
             self._back = back
         return self._back
 

@@ -94,6 +94,7 @@ class Group(Row):
             bounded=not self.request.sampling.processors,
         )
         self._said = root  # up to there the text is known
+        self._kept: list[Node] = []  # that know what is before them
 
     @property
     def prompt(self) -> list[int]:
@@ -133,8 +134,9 @@ class Group(Row):
         kept = self._cached()
         for node in kept:
             _ = node.back  # of what is before it
-        for node in set(nodes) - {*kept, *self.search.running}:
+        for node in {*nodes, *self._kept} - {*kept, *self.search.running}:
             node.forget()
+        self._kept = kept
 
     def _taken(self) -> np.ndarray:
         """Which slots beams go through, up to the last one: bool."""

@@ -241,6 +241,9 @@ class _Growing:
             if its:
                 scores[place, : len(its)] = row.search.scores
         first = _Fed.of(fed, scratch, slots)
+        for its in fed:
+            for node in its[most:]:
+                node.forget()
         self._logits = self._feed(
             mx.array(first.tokens), first.slots, mx.array(first.back)
         )[:, :most]
