@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from speculation.beams import MOST_BEAMS
 from speculation.chances import Chances
 from speculation.costs import KNOWN, Costs
 
@@ -475,6 +476,8 @@ class Auto:
             of = f"looked up by {match}" if match else "drafted"
             shown = ", ".join(f"{tokens[size]:.2f}" for size in self._sizes[1:9])
             lines.append(f"{kind}, {of}: tokens to expect of 1, 2, ... {shown}")
+        for width, its in sorted(self._searching.items()):
+            lines += [f"{width} beams: {line}" for line in its.reasons()]
         return lines
 
     def calibrate(
@@ -546,8 +549,8 @@ class Auto:
         self._taken, self._closing = _TEXT[0], _TEXT[0] * closing
         self._pause = min(max(int(value["pause"]), _FIRST_PAUSE), _LONGEST_PAUSE)
         for width, its in value.get("beams", {}).items():
-            if int(width) > 1:
-                self.of(int(width)).restore(its)
+            if 1 < int(width) <= MOST_BEAMS:
+                self.of(int(width)).restore({**its, "beams": {}})
 
     def _costs_of(self, batch: int) -> Costs:
         if batch not in self._costs:

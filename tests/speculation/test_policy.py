@@ -247,6 +247,31 @@ def test_other_kinds_of_rules_are_apart():
     assert greedy.size >= 4
 
 
+def test_searches_are_apart():
+    """What pays for texts does not for searches with some number of beams; that is
+    kept, too, and said."""
+    policy = Auto(step=0.1)
+    run(policy, 150, seconds=cheap, alpha=0.9)
+    run(policy.of(4), 150, seconds=lambda size: 0.01 * (1 + size), alpha=0.5)
+    again = Auto(step=0.1)
+    again.restore(json.loads(json.dumps(policy.as_dict())))
+    rows = [Prospect("greedy, delta 0.0", 20)]
+    for each in (policy, again):
+        assert each.choose(1, rows).size >= 4
+        assert each.of(4).choose(1, rows).size == 0
+        assert each.of(4) is each.of(4) is not each.of(8)
+    assert any(line.startswith("4 beams: rounds of 1") for line in policy.reasons())
+
+
+@pytest.mark.parametrize("width", ["x", "1", "-4", "65", "9" * 5000, "4"])
+@pytest.mark.parametrize("its", [None, [], "x", {}, {"beams": {"4": {}}}])
+def test_odd_searches_are_not_restored(width, its):
+    policy = Auto(step=0.1)
+    policy.restore({**Auto(step=0.1).as_dict(), "beams": {width: its}})
+    assert set(policy.as_dict()["beams"]) <= {"4"}
+    assert policy.of(4).reasons() == []
+
+
 @pytest.mark.parametrize("kind", ["\x1b[2J", "greedy", "greedy, delta 0.0\n", "", 5])
 def test_kinds_that_no_rules_have_are_not_restored(kind):
     policy = Auto(step=0.1)
