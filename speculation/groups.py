@@ -32,8 +32,8 @@ class Growth(NamedTuple):
 
     @property
     def size(self) -> int:
-        """K."""
-        return len(self.drafted)
+        """K; 0 where nothing was drafted for this row."""
+        return len(self.drafted) if self.roots else 0
 
     @property
     def found(self) -> bool:
@@ -160,7 +160,7 @@ class Group(Row):
         if not all(_usable(node.table) for node in outcome.fed):
             for node in outcome.fed:
                 node.table = None
-            if outcome.roots:
+            if outcome.size:
                 # It may be the draft that the target makes no numbers of, which reach
                 # whatever attends beside it.
                 self.drafted = False

@@ -199,8 +199,8 @@ class _Level(NamedTuple):
 
     @staticmethod
     def paths_of(levels: "list[_Level]") -> mx.array:
-        """The paths of several levels (B, T, L), those of the first ones padded."""
-        longest = levels[-1].path.shape[2]
+        """The paths of several levels (B, T, L), the shorter ones padded."""
+        longest = max(each.path.shape[2] for each in levels)
         return _joined(
             mx.pad(
                 each.path,
@@ -316,7 +316,7 @@ class _Scorer:
         if not self.chained:
             return None
         found = [[node and list(node.line()) for node in its] for its in nodes]
-        longest = max(len(line) for its in found for line in its if line)
+        longest = max((len(line) for its in found for line in its if line), default=1)
         paths = np.full((len(nodes), max(map(len, nodes)), longest), -1, np.int32)
         for row, its in enumerate(found):
             for place, line in enumerate(its):

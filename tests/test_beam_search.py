@@ -1002,3 +1002,28 @@ def test_a_pair_searches(tiny, pair, num_draft):
 def test_more_answers_than_beams(pair, count):
     with pytest.raises(InputError):
         [each.finish() for each in pair.samples(TEXTS[0], count, beams=Beams(2))]
+
+
+def test_a_deep_text_that_nobody_drafts_for(tiny, make):
+    """It has a longer path for the rules than those beside it that are drafted for:
+    the draft has no room for its prompt."""
+    beams, sampling = Beams(3, early_stopping="never"), Sampling(no_repeat_ngram_size=3)
+    long, short = [*range(10, 60), 1], [5, 9, 1]
+
+    def request(prompt):
+        return Request(prompt, frozenset({1}), 20, sampling=sampling, beams=beams)
+
+    def texts(drafter, rows, at):
+        engine = Engine(Checked(tiny[1]), drafter, num_draft=2, rows=rows)
+        _, last = run(engine, [request(long), request(short)], at)
+        return [last[place].hypotheses for place in range(2)], last
+
+    drafter = ModelDrafter(Checked(t5.load(make(noise=0.05)[2])))
+    drafter.positions = 20
+    got, last = texts(drafter, 2, [0, 6])
+    alone, _ = texts(None, 1, [0, 0])
+    assert [[each.tokens for each in its] for its in got] == [
+        [each.tokens for each in its] for its in alone
+    ]
+    assert last[0].stats.drafted == last[0].stats.tested == 0
+    assert 0 < last[1].stats.accepted <= last[1].stats.tested
