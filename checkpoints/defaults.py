@@ -92,6 +92,8 @@ _LACKING_SAMPLED = {
     "epsilon_cutoff": (0,),
     "eta_cutoff": (0,),
 }
+#: With rules, a search's sums are others then.
+_LACKING_SEARCHED = {"renormalize_logits": (False,)}
 
 
 @dataclass(frozen=True)
@@ -266,6 +268,8 @@ def _defaults(
         beams, apart = {}, beams
     elif fields.do_sample:
         apart = {"do_sample": True}
+    if beams or given.get("num_beams", 1) > 1:
+        lacking |= _differing(values, _LACKING_SEARCHED)
     asked = options | lengths | beams
     if least:
         options["min_new_tokens"] = least

@@ -181,18 +181,30 @@ def test_what_is_lacking_is_named(asks):
 def test_every_field_of_transformers_is_accounted_for():
     """Rules, what is lacking, and what does not change a text or is read elsewhere."""
     known = {*defaults._RULES, *defaults._LACKING, *defaults._LACKING_SAMPLED}
+    known |= {*defaults._LACKING_SEARCHED}
     known |= {"do_sample", *defaults._SAMPLED, *defaults._BEAMS}
     known |= {"max_length", "max_new_tokens", "min_length", "min_new_tokens"}
     known |= {"pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"}
     silent = {
         *("use_cache", "num_return_sequences", "output_scores", "output_attentions"),
         *("output_hidden_states", "output_logits", "return_dict_in_generate"),
-        *("remove_invalid_values", "renormalize_logits", "diversity_penalty"),
+        *("remove_invalid_values", "diversity_penalty"),
     }
     its = GenerationConfig._get_default_generation_params()
     speculation = ("assistant", "lookbehind")
     left = {name for name in its if not any(part in name for part in speculation)}
     assert left <= known | silent
+
+
+def test_sums_that_are_made_anew_are_named_where_there_are_any(asks):
+    """It changes what a search with rules finds, and no other text."""
+    wanted = {"renormalize_logits": True, "repetition_penalty": 1.5}
+    _, folder = asks(wanted)
+    assert not of(folder).lacking
+    assert of(folder, given={"num_beams": 4}).lacking == {"renormalize_logits": True}
+    _, folder = asks({**wanted, "num_beams": 4})
+    assert of(folder).lacking == {"renormalize_logits": True}
+    assert not of(folder, given={"num_beams": 1}).lacking
 
 
 TASKS = {
