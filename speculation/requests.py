@@ -159,7 +159,7 @@ class Request:
     @property
     def width(self) -> int:
         """Beams that it is searched for with; 1 for none."""
-        return self.beams.num_beams if self.beams else 1
+        return int(self.beams.num_beams) if self.beams else 1
 
 
 @dataclass(frozen=True)
