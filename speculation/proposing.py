@@ -84,7 +84,7 @@ class Proposer:
         """Give the draft model the prompts of rows that are to come, if it is in use;
         as :meth:`Session.prepare`."""
         self._admit(newcomers)
-        if not (self._begun and self.policy.drafting):
+        if not (self._begun and self._policy_of(newcomers).drafting):
             return None
         try:
             return (yield from self._drafter.prepare(_prompts(newcomers)))

@@ -12,7 +12,7 @@ from beam_oracle import NOTHING, Model, search, theirs
 from conftest import VOCABULARY
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scripted import Scripted
+from scripted import Cycle, Scripted
 from test_decoder import Checked, broken
 from test_engine import PROMPTS, run
 from test_family import FAMILY
@@ -27,6 +27,7 @@ from pair import Pair
 from speculation.beams import Beams
 from speculation.drafting import ModelDrafter
 from speculation.lookup import Lookup
+from speculation.policy import Fixed
 from speculation.requests import Request
 from speculation.sampling import GREEDY, Sampling
 from system.errors import InputError
@@ -1027,3 +1028,26 @@ def test_a_deep_text_that_nobody_drafts_for(tiny, make):
     ]
     assert last[0].stats.drafted == last[0].stats.tested == 0
     assert 0 < last[1].stats.accepted <= last[1].stats.tested
+
+
+def test_a_draft_that_no_search_uses_reads_no_newcomer(tiny, make):
+    """Whether it pays is another question for plain texts, whose policy says nothing
+    of searches."""
+
+    class Counted(ModelDrafter):
+        read = 0
+
+        def prepare(self, prompts):
+            self.read += len(prompts)
+            return super().prepare(prompts)
+
+    its = Cycle(2, *[0] * 100)
+    its.drafting = False
+    policy = Fixed(2)
+    policy.of = lambda width: its
+    drafter = Counted(T5Session(t5.load(make(noise=0.05)[2])))
+    engine = Engine(Checked(tiny[1]), drafter, num_draft=policy, rows=2)
+    beams = Beams(3, early_stopping="never")
+    requests = [Request(prompt, frozenset({-1}), 20, beams=beams) for prompt in PROMPTS]
+    _, last = run(engine, requests[:3], [0, 4, 9])
+    assert last[0].stats.drafted == 2 and drafter.read == 0
