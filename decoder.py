@@ -41,6 +41,7 @@ from speculation.requests import (
     Commit,
     Request,
     check_options,
+    check_searched,
 )
 from speculation.rounds import Round, launch
 from speculation.rows import Row
@@ -209,13 +210,8 @@ class Engine:
         if rules is None:
             rules = Rules(self._target.vocabulary, sampling, request.delta, ends)
             self._rules[key] = rules
-        searched = request.width > 1
-        if searched and not self._target.trees:
-            raise InputError(
-                "num-beams is above 1, but only models with an encoder are searched "
-                "with beams here"
-            )
-        row = (Group if searched else Row)(next(self._ids), request, rules)
+        check_searched(request.width, self._target.trees)
+        row = (Group if request.width > 1 else Row)(next(self._ids), request, rules)
         self._texts[row.id] = row
         self._waiting.append(row)
         return row.id

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from checkpoints.defaults import DefaultsError
 from pair import Pair, require_text
 from speculation.beams import Beams
-from speculation.requests import DELTA, MAX_TOKENS, check_beams
+from speculation.requests import DELTA, MAX_TOKENS, check_beams, check_searched
 from speculation.sampling import Sampling
 from system.errors import InputError, one_line, say
 from text.messages import Messages
@@ -150,11 +150,7 @@ class Rules:
         Raises:
             InputError: a bad word is none, or the model cannot be searched with beams.
         """
-        if given.get("num_beams", 1) > 1 and not pair.target.trees:
-            raise InputError(
-                "num-beams is above 1, but only models with an encoder are searched "
-                "with beams here"
-            )
+        check_searched(given.get("num_beams", 1), pair.target.trees)
         self._pair = pair
         self._applied = task_defaults
         self._texts = texts

@@ -106,11 +106,6 @@ class Group(Row):
         """As :class:`Row` has it."""
         return len(self._taken())
 
-    @property
-    def highest(self) -> int:
-        """The last slot that is in use; -1 for none."""
-        return len(self._taken()) - 1
-
     def free(self, count: int) -> np.ndarray:
         """The first slots that no beam goes through."""
         taken = self._taken()
@@ -163,9 +158,7 @@ class Group(Row):
             if outcome.size:
                 # It may be the draft that the target makes no numbers of, which reach
                 # whatever attends beside it.
-                self.drafted = False
-                self.taken = self.added = 0
-                self._count(outcome.size, False, 0, 0)
+                self._go_undrafted(outcome)
                 return None
             return self.fail(fault())
         while not search.over and search.step(known):
@@ -176,7 +169,7 @@ class Group(Row):
         accepted = min(steps - 1, outcome.size)
         self.taken, self.added = accepted, steps
         judged = 0 if search.over else min(1, outcome.size - accepted)
-        self._count(outcome.size, False, accepted, judged)
+        self._count(outcome, accepted, judged)
         if not search.over:
             return self._more(common([*search.running, *self._ends()]), None)
         if not search.finished:

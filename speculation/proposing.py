@@ -232,9 +232,8 @@ class Proposer:
         if plan.steps:
             for _, row, _ in seen:
                 row.followed = len(row.sequence) if row.entered else row.followed
-        if (
-            seen and not self._told
-        ):  # of what it did not choose it has nothing to answer for
+        # Of what it did not choose it has nothing to answer for.
+        if seen and not self._told:
             self._policy_of(row for _, row, _ in seen).observe(
                 batch, plan, fates, seconds, self._entering, self._entered
             )

@@ -220,6 +220,16 @@ def check_beams(beams: Beams | None, sampling: Sampling, delta: float) -> None:
         )
 
 
+def check_searched(width: int, trees: bool) -> None:
+    """Raise an InputError where a model's texts, whose session has no ``trees``, are to
+    be searched for with several beams."""
+    if width > 1 and not trees:
+        raise InputError(
+            "num-beams is above 1, but only models with an encoder are searched with "
+            "beams here"
+        )
+
+
 def check_options(max_tokens: int, num_draft: int, delta: float) -> None:
     """Raise an InputError for options that :func:`generate` cannot work with."""
     if max_tokens < 1:

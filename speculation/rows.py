@@ -140,9 +140,7 @@ class Row:
         block = up_to_end(block, ends)
         if outcome.finite < len(block):
             if draft:
-                self.drafted = False
-                self.taken = self.added = 0
-                self._count(len(draft), outcome.found, 0, 0)
+                self._go_undrafted(outcome)
                 return None
             return self.fail(fault())
         self.sequence += block
@@ -154,7 +152,7 @@ class Row:
         taken = min(accepted, len(block))
         self.taken, self.added = taken, len(block)
         rejected = taken < len(block) and accepted < len(draft)
-        self._count(len(draft), outcome.found, taken, rejected)
+        self._count(outcome, taken, rejected)
         return self._commit(block, taken, reason)
 
     def _commit(
@@ -172,14 +170,20 @@ class Row:
             self.id, tokens, accepted, reason, stats.copy(), hypotheses=hypotheses
         )
 
-    def _count(self, drafted: int, found: bool, accepted: int, rejected: int) -> None:
+    def _go_undrafted(self, outcome: Outcome) -> None:
+        """A round was in vain, maybe for what was drafted: nothing is any more."""
+        self.drafted = False
+        self.taken = self.added = 0
+        self._count(outcome, 0, 0)
+
+    def _count(self, outcome: Outcome, accepted: int, rejected: int) -> None:
         """A round, of which so many draft tokens were judged."""
-        stats = self._stats
+        stats, drafted = self._stats, outcome.size
         stats.rounds += 1
         stats.drafted += drafted
         stats.accepted += accepted
         stats.tested += accepted + rejected
-        if found:
+        if outcome.found:
             stats.found += accepted + rejected
             stats.found_accepted += accepted
         stats.accept_histogram += [0] * (accepted + 1 - len(stats.accept_histogram))

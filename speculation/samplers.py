@@ -367,10 +367,7 @@ class _Group:
     ) -> tuple[mx.array, mx.array | None]:
         """As :meth:`RoundSampler.draft`."""
         rules = self._rules
-        missing = rules.vocabulary - logits.shape[-1]
-        if missing > 0:
-            logits = mx.pad(logits, [(0, 0), (0, missing)], constant_values=-math.inf)
-        logits = logits[:, : rules.vocabulary]
+        logits = fitted(logits, rules.vocabulary)
         if rules.chain:
             block = mx.stack([self._last, *drafted], axis=1)
             logits = self.process(logits[:, None], block)[:, 0]
@@ -445,3 +442,12 @@ class _Group:
         ended = mx.cumsum(is_end, axis=1, inclusive=False)
         real = (ended == 0).astype(mx.int32).sum(axis=1)
         return real if counts is None else mx.minimum(real, counts)
+
+
+def fitted(logits: mx.array, vocabulary: int) -> mx.array:
+    """A draft's logits (..., V) cut to the target's ids, or -inf for those it lacks."""
+    missing = vocabulary - logits.shape[-1]
+    if missing > 0:
+        more = [(0, 0)] * (logits.ndim - 1) + [(0, missing)]
+        logits = mx.pad(logits, more, constant_values=-math.inf)
+    return logits[..., :vocabulary]

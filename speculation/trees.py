@@ -29,7 +29,7 @@ from speculation.groups import Group, Growth
 from speculation.policy import Plan
 from speculation.processors import Prefix
 from speculation.rounds import fault_of
-from speculation.samplers import Rules
+from speculation.samplers import Rules, fitted
 from speculation.session import Session
 from system.errors import InputError
 
@@ -143,7 +143,7 @@ def launch_trees(
             if node.slot is None:  # else it is fed once more
                 node.slot = slot
     levels, scratch = free[:, size:-1], free[:, -1]
-    slots = 1 + max(int(free.max()), *(row.highest for row in rows if row))
+    slots = max(1 + int(free.max()), *(row.cached for row in rows if row))
     scorer = _Scorer(rows)
     whole = _Fed.of(fed, scratch, slots)
     grown = [_Level(mx.array(whole.tokens), mx.array(whole.back), scorer.paths(fed))]
@@ -354,11 +354,7 @@ class _Scorer:
             logits: (B, P, V), of the draft.
             path: (B, P, L), of :class:`_Level`.
         """
-        missing = self._vocabulary - logits.shape[-1]
-        if missing > 0:
-            none = [(0, 0), (0, 0), (0, missing)]
-            logits = mx.pad(logits, none, constant_values=-math.inf)
-        logits = logits[..., : self._vocabulary].astype(mx.float32)
+        logits = fitted(logits, self._vocabulary).astype(mx.float32)
         size = width + self._most_ends
         if self.chained:
             total = mx.logsumexp(logits, axis=-1, keepdims=True)

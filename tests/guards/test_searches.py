@@ -4,9 +4,10 @@ moved when beams are chosen."""
 import pytest
 from counting import LAYOUTS, NEVER, PROMPTS, cpu, load
 from scripted import Cycle
-from test_copies import CAPACITY, build, copied, places  # noqa: F401
+from test_copies import assert_no_copies, build  # noqa: F401
 from test_waits import Waits
 
+from architectures import t5
 from architectures.t5_session import T5Session
 from decoder import Engine
 from speculation.beams import Beams
@@ -70,15 +71,7 @@ def test_no_round_copies_a_cache(build, noise, batch):  # noqa: F811
     for _ in range(5):
         engine.step()
     models = [session for session in (target, draft) if session]
-    rounds, lie = 0, places(*models)
-    while engine.busy and all(engine._rows):
-        more = copied(engine.step, target)  # masks are larger than those of a text
-        assert more < 1.9, f"round {rounds}: {more:.2f} caches more than before"
-        now = places(*models)
-        moved = sum(old != new for old, new in zip(lie, now, strict=True))
-        assert not moved, f"round {rounds}: {moved} of {len(now)} caches are copies"
-        rounds += 1
-    assert rounds >= 5
+    assert_no_copies(engine, models, 1.9)  # masks are larger than those of a text
 
 
 def test_slots_are_used_again(make):
@@ -91,8 +84,6 @@ def test_slots_are_used_again(make):
         def extend_tree(self, tokens, slots, back):
             self.slots = max(self.slots, int(slots.max()) + 1)
             return super().extend_tree(tokens, slots, back)
-
-    from architectures import t5
 
     target = Watched(t5.load(make()[2]))
     draft = ModelDrafter(T5Session(t5.load(make(noise=0.05)[2])))
