@@ -38,10 +38,15 @@ from speculation.trees import WIDER
 from system import memory, remembering
 from system.device import most_drafted, on_gpu
 from system.errors import InputError, PromptError, TooLongError, blame_prompt
+from system.ranks import meet
 from text.messages import last_text, read_prompt
 from text.tokenizer import Tokenizer, have_equal_files
 
 LOOKUP = "prompt-lookup"  # a draft without a model
+
+#: What several processes do together: each has a part of the target, or all of the
+#: models and a part of the prompts.
+TENSOR, DATA = "tensor", "data"
 
 #: Tokens that have to agree for what followed them to be taken before a draft model's.
 LEAST_MATCH = 3
@@ -101,8 +106,13 @@ class Pair:
         unverified: bool = False,
         dtype: str | None = None,
         compiled: bool | None = None,
+        parallel: str = TENSOR,
     ) -> "Pair":
         """Load models by folder or by name.
+
+        Where a launcher began several processes (:mod:`system.ranks`), the target is
+        divided among them, once. All call this; it returns on rank 0 alone, and
+        elsewhere the process ends with it, when rank 0 has.
 
         Args:
             model: a converted T5, or a decoder-only model; see
@@ -111,6 +121,7 @@ class Pair:
             lookup: where words occurred before, take what followed them, and ask the
                 draft model elsewhere.
             unverified, dtype, compiled: of :class:`loading.Loading`, for both.
+            parallel: :data:`DATA` has every process load all of it, and return.
 
         Raises:
             InputError: a folder is missing or damaged, or the draft's embedding has too
@@ -118,6 +129,9 @@ class Pair:
             DifferentTokenizersError: they are no pair; no weights are read.
         """
         how = Loading(unverified, dtype, compiled)
+        ranks = meet()
+        divided = ranks if parallel == TENSOR else None
+        follows = divided is not None and divided.rank > 0
         if dtype not in (None, *DTYPES.values()):
             raise InputError(
                 f"dtype is {dtype!r}: it has to be None or one of "
@@ -125,7 +139,7 @@ class Pair:
             )
         folder = registry.find(model, how.unverified)
         draft_folder = None
-        if draft_model not in (None, LOOKUP):
+        if draft_model not in (None, LOOKUP) and not follows:
             draft_folder = registry.find(draft_model, how.unverified)
         tokenizer = Tokenizer(folder)
         if draft_folder and not have_equal_files(folder, draft_folder):
@@ -150,10 +164,18 @@ class Pair:
                     f"the draft has {rows} embedding rows, but the target emits ids up "
                     f"to {vocabulary - 1}: they are no pair"
                 )
+        if ranks:
+            ranks.require_same("target", remembering.fingerprint(folder))
+            if not divided:
+                its = draft_folder and remembering.fingerprint(draft_folder)
+                ranks.require_same("draft", its)
+        if draft_folder:
             session = architecture.open_session(
                 draft_folder, tokenizer, vocabulary, how
             )
             drafter = ModelDrafter(session)
+        if divided:
+            how = how._replace(ranks=divided)
         target = architecture.open_session(folder, tokenizer, vocabulary, how)
         ends = architecture.eos_tokens(folder, tokenizer)
         looks: Lookup | None = None
@@ -383,6 +405,7 @@ class Pair:
         parts += [self.how.dtype] if self.how.dtype else []
         compiles = self.target.has_encoder and self.how.compiles
         parts += ["compiled"] if compiles else []
+        parts += [f"in {self.how.ranks.size} parts"] if self.how.ranks else []
         return " with ".join(parts)
 
     def remember(self) -> Path | None:

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from system import remembering
 from system.device import on_gpu
+from system.ranks import Ranks
 
 #: What is remembered of this machine: whether compiled passes are faster.
 COMPILE = "compiled passes"
@@ -19,11 +20,13 @@ class Loading(NamedTuple):
             the weights are stored in, on a CPU for float32.
         compiled: whether T5's decoder passes are compiled (:mod:`t5_session`); None for
             where that is known to be faster.
+        ranks: among which the model is divided; None where each has it whole.
     """
 
     unverified: bool = False
     dtype: str | None = None
     compiled: bool | None = None
+    ranks: Ranks | None = None
 
     @property
     def compiles(self) -> bool:

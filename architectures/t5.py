@@ -16,6 +16,8 @@ from architectures.parameters import (
     parameter_shapes,
     quantize,
 )
+from architectures.parallel import join, open_part
+from architectures.parts import Share
 from architectures.slim import slim
 from architectures.t5_session import T5Session
 from checkpoints.config import T5Config
@@ -32,7 +34,7 @@ BARE = ["T5Model"]
 
 
 def load(folder: Path, how: Loading = USUAL) -> T5:
-    """Load a converted model.
+    """Load a converted model, or this rank's part of one.
 
     On a CPU quantized weights are unpacked.
 
@@ -43,26 +45,37 @@ def load(folder: Path, how: Loading = USUAL) -> T5:
     config = T5Config.read(folder)
     stored = MappedWeights(folder / WEIGHTS)
     config.require(len(stored), stored.bytes())
-    model = T5(config, tied="head.weight" not in stored)
+    tied = "head.weight" not in stored
+    model = T5(config, tied)
     quantized = [path for path in linear_paths(model) if f"{path}.scales" in stored]
     dtype = prepare(how.dtype, how.compiles)
     become = partial(dtype_of, dtype=dtype)
     unpacked = set(quantized) if on_cpu() else set()
-    whole = parameter_shapes(model)
     if quantized:
         quantize(model, config.quantization, quantized)
-    parameters = dict(tree_flatten(model.parameters()))
+    expected = dict(tree_flatten(model.parameters()))
+    share, parts = None, {}
+    if how.ranks:
+        share = Share.of(config, how.ranks.rank, how.ranks.size, bool(quantized))
+        parts = share.parts(expected)
+        config, tied = share.config, tied or not share.head
+        quantized = [p for p in quantized if share.head or p != "head"]
+    model = T5(config, tied)
+    whole = parameter_shapes(model)
+    if quantized and not unpacked:
+        quantize(model, config.quantization, quantized)
     if unpacked or (dtype and not quantized):
         size = _bytes(whole, become)
     else:
-        size = stored.bytes()
+        size = stored.bytes(parts.get)
     prepare_memory(size, folder)
     weights = stored.load(
-        parameters,
+        expected,
         # What packed numbers are multiplied with: they are rounded once, unpacked.
         lambda name: (
             mx.float32 if name.rpartition(".")[0] in unpacked else become(name)
         ),
+        parts.get,
     )
     if unpacked:
         for path in quantized:
@@ -70,10 +83,11 @@ def load(folder: Path, how: Loading = USUAL) -> T5:
             value = dequantize(weights, path, config.quantization)
             weights[name] = as_dtype(value, become(name), f"{folder / WEIGHTS}: {name}")
             mx.eval(weights[name])
-        model = T5(config, tied="head.weight" not in stored)
     model.load_weights(list(weights.items()))
     mx.eval(model.parameters())
     wire(model, size)
+    if share:
+        join(model, share, how.ranks.group)
     return model
 
 
@@ -177,4 +191,7 @@ def open_session(
     # Loaded before anything is as large as the config says: it fits the weights then.
     how = how._replace(compiled=how.compiles)  # it is looked up once
     model = load(folder, how)
-    return session(model, vocabulary, tokenizer.gaps(vocabulary), how.compiles)
+    if how.ranks and how.ranks.rank:  # where no logits are
+        return open_part(session(model, compiled=how.compiles), how.ranks)
+    one = session(model, vocabulary, tokenizer.gaps(vocabulary), how.compiles)
+    return open_part(one, how.ranks) if how.ranks else one

@@ -183,9 +183,26 @@ class T5Session:
         Raises:
             PromptError, TooLongError: as :meth:`start`.
         """
-        self._require_room(prompts)
         sources = yield from self._encode(prompts, beside=True)
         return prompts, sources
+
+    def require(self, prompts: list[list[int]], beside: bool) -> None:
+        """See to it that prompts can be encoded.
+
+        Args:
+            beside: whether they are to come into a batch that there is.
+
+        Raises:
+            PromptError, TooLongError: as :meth:`start`.
+        """
+        check_prompts(prompts, self.model.config.vocab_size)
+        if beside:
+            self._require_room(prompts)
+        once, _ = distinct(prompts)
+        longest = max(map(len, once))
+        ragged = any(len(prompt) < longest for prompt in once)
+        size = self._encoding_bytes(len(once), longest, len(prompts), ragged)
+        require_room(longest, size)
 
     def put(
         self,
@@ -240,12 +257,9 @@ class T5Session:
         Args:
             beside: whether others wait, for whom this yields.
         """
-        check_prompts(prompts, self.model.config.vocab_size)
+        self.require(prompts, beside)
         once, copy_of = distinct(prompts)
         longest = max(map(len, once))
-        ragged = any(len(prompt) < longest for prompt in once)
-        size = self._encoding_bytes(len(once), longest, len(prompts), ragged)
-        require_room(longest, size)
         tokens = np.zeros((len(once), longest), np.int32)
         for row, prompt in enumerate(once):
             tokens[row, : len(prompt)] = prompt

@@ -13,7 +13,7 @@ from architectures.registry import find
 from checkpoints import converted
 from checkpoints.converted import WEIGHTS
 from checkpoints.storing import DTYPES
-from pair import LOOKUP, DifferentTokenizersError, Pair
+from pair import LOOKUP, TENSOR, DifferentTokenizersError, Pair
 from system.device import emulates_bfloat16
 from system.errors import InputError, say
 
@@ -64,6 +64,7 @@ def choose_pair(
     plain: bool,
     how: Loading,
     lookup: bool = False,
+    parallel: str = TENSOR,
 ) -> Pair:
     """Load the models that are asked for, or those that there are.
 
@@ -71,7 +72,7 @@ def choose_pair(
         model, draft: as flags name them; None where they do not.
         plain: decode with the target alone: no draft is loaded.
         how: they are loaded.
-        lookup: of :meth:`pair.Pair.load`.
+        lookup, parallel: of :meth:`pair.Pair.load`.
 
     Raises:
         InputError: there are none, or they cannot be loaded.
@@ -83,7 +84,14 @@ def choose_pair(
             say("using the bundled pair: English to German, sentences of up to 8 words")
         else:
             say(f"using {model}" + (f" with {draft}" if not plain else ""))
-    pair_of = partial(Pair.load, lookup=lookup and not plain, **how._asdict())
+    pair_of = partial(
+        Pair.load,
+        lookup=lookup and not plain,
+        unverified=how.unverified,
+        dtype=how.dtype,
+        compiled=how.compiled,
+        parallel=parallel,
+    )
     if plain or draft == NO_DRAFT:
         pair = pair_of(model)
     elif draft:

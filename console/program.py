@@ -20,6 +20,7 @@ from pair import Pair
 from speculation.requests import MAX_TOKENS, Stats, check_options
 from system import fast_blas
 from system.errors import PromptError, one_line, say
+from system.ranks import meet
 from text.messages import Messages
 
 
@@ -133,6 +134,7 @@ def main() -> int:
         InputError: the flags, the models or the prompts are not what they have to be.
     """
     sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale says
+    ranks = meet(NAME)
     arguments = parse_arguments()
     check_flags(arguments)
     write = Writer(arguments)
@@ -145,6 +147,8 @@ def main() -> int:
         arguments.task_defaults,
     )
 
+    if ranks and ranks.rank:
+        _load(arguments)  # its part, to the end
     if arguments.input is None:
         return _answer(arguments, write)
     with closing(Job(arguments)) as job:
@@ -157,13 +161,7 @@ def _answer(arguments: Namespace, write: Writer, job: Job | None = None) -> int:
         say(fast_blas.hint)
     if arguments.verbose:
         describe_machine()
-    pair = choose_pair(
-        arguments.model,
-        arguments.draft_model,
-        plain=arguments.regular_decode or arguments.num_draft == 0,
-        how=loading_of(arguments),
-        lookup=arguments.lookup,
-    )
+    pair = _load(arguments)
     program = Program(arguments, pair, write)
     try:
         if job:
@@ -174,3 +172,13 @@ def _answer(arguments: Namespace, write: Writer, job: Job | None = None) -> int:
         return program.answer_prompts()
     finally:
         pair.remember()
+
+
+def _load(arguments: Namespace) -> Pair:
+    return choose_pair(
+        arguments.model,
+        arguments.draft_model,
+        plain=arguments.regular_decode or arguments.num_draft == 0,
+        how=loading_of(arguments),
+        lookup=arguments.lookup,
+    )

@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import CodeType, FrameType
@@ -20,6 +21,10 @@ LENGTH = 600
 
 #: How allocators say that there is no memory: MLX's, CUDA's, C++'s.
 _NO_MEMORY = re.compile(r"malloc|bad_alloc|out of memory|allocate", re.IGNORECASE)
+#: How MLX says that another rank is gone, and seconds in which that is noticed and said
+#: where it is known which (:mod:`system.ranks`).
+_GONE = re.compile(r"\[(ring|jaccl|nccl|mpi)\]", re.IGNORECASE)
+_NOTICED = 5.0
 
 
 class InputError(Exception):
@@ -66,9 +71,41 @@ class _Done(SystemExit):
 
 def say(line: str) -> None:
     """A line for the person, not for the pipe; lost where stderr takes none."""
+    _voice.say(line)
+
+
+def _write(line: str) -> None:
     with suppress(OSError):
         # In one piece: a thread may say something meanwhile.
         sys.stderr.write(f"{line}\n")
+
+
+class _Voice:
+    """By what a line is said, and by what why the program fails."""
+
+    def __init__(self) -> None:
+        self.say: Callable[[str], None] = _write
+        self.fail: Callable[[str], None] | None = None
+
+
+_voice = _Voice()
+
+
+def speak_by(say: Callable[[str], None], fail: Callable[[str], None]) -> None:
+    """Have lines said by another process than this one.
+
+    Args:
+        fail: is told why the program ends, which is said without its name.
+    """
+    _voice.say, _voice.fail = say, fail
+
+
+def _fail(name: str, reason: str) -> None:
+    """Say why the program ends."""
+    if _voice.fail:
+        _voice.fail(reason)
+    else:
+        say(f"{name}: {one_line(reason)}")
 
 
 @contextmanager
@@ -135,15 +172,19 @@ def run(main: Callable[[], int | None], name: str) -> int:
     try:
         status = _answer(main)
     except InputError as error:
-        say(f"{name}: {one_line(str(error))}")
+        _fail(name, str(error))
         status = 2
     except SystemExit as error:  # a library's, of which no user is to know
-        say(f"{name}: {one_line(f'a library ended the program: {error.code}')}")
+        _fail(name, f"a library ended the program: {error.code}")
         status = 2
     except (MemoryError, RuntimeError) as error:
-        if not _is_memory(error):
+        if _is_memory(error):
+            _fail(name, _no_memory(error))
+        elif _GONE.search(str(error)):
+            time.sleep(_NOTICED)
+            _fail(name, f"another rank is gone: {error}")
+        else:
             raise
-        say(f"{name}: {one_line(_no_memory(error))}")
         status = 2
     except KeyboardInterrupt:
         status = 130
@@ -151,7 +192,7 @@ def run(main: Callable[[], int | None], name: str) -> int:
         _drop_stdout()
     except OSError as error:
         _drop_stdout()
-        say(f"{name}: {one_line(str(error))}")
+        _fail(name, str(error))
         status = 2
     except ImportError:
         # A library that is being imported makes an error of its own of a Ctrl-C.

@@ -25,6 +25,9 @@ _PASSING = 1 << 28
 _wired: dict[int, int] = {}
 _limit_before: int | None = None
 
+#: Bytes that other ranks have less of.
+_kept_back = 0
+
 #: Bytes for which nobody is asked what is left, as that takes a millisecond.
 SMALL = 1 << 24
 
@@ -62,7 +65,14 @@ def free() -> int | None:
     left = [whole - mx.get_active_memory()]
     if on_cpu():
         left += [*_machine(_PROC), *_limits(_PROC), *_groups(_PROC, _GROUPS)]
-    return max(0, min(left))
+    return max(0, min(left) - _kept_back)
+
+
+def keep_back(size: int) -> None:
+    """Have so many bytes less: what is computed together has to fit where least is
+    left."""
+    global _kept_back
+    _kept_back = size
 
 
 def fits(size: int) -> bool:

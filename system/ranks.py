@@ -1,0 +1,381 @@
+"""The processes of one program that a launcher began together, often on several
+machines: its ranks, from 0 on.
+
+Rank 0 is the program as a person sees it: it alone reads and prints. From it a wire
+goes to each other rank, over which it says what is to be done; numbers go from rank to
+rank by MLX's own means. They end together: when one is gone, all are, within seconds,
+and one line says why.
+
+What a launcher says is in the environment; ``mlx.launch`` is the usual one.
+"""
+
+import atexit
+import hashlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cached_property
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple, NoReturn
+
+import mlx.core as mx
+
+from system import errors
+from system.errors import InputError, leave, one_line, say
+from system.wire import GoneError, Wire, connect, listen
+
+#: Says where rank 0 listens, "host:port", where what the launcher says will not do.
+ADDRESS = "MLX_T5_ADDRESS"
+
+#: Seconds in which all ranks have to be there.
+_TOGETHER = 60.0
+#: Seconds that rank 0 has to end for a reason of its own when another fails: it is
+#: often the same.
+_OWN_REASON = 1.0
+#: What each wire is for: orders and answers; and who ends, and why.
+_ORDERS, _ENDS = "orders", "ends"
+
+
+class Place(NamedTuple):
+    """Which of how many this process is, by which of MLX's means they add up, and where
+    rank 0 listens."""
+
+    rank: int
+    size: int
+    backend: str
+    host: str
+    port: int
+
+
+class Ranks:
+    """This process among the others.
+
+    Attributes:
+        rank, size: which of how many it is.
+        wires: on rank 0 one to each other, in order; elsewhere the one to rank 0.
+    """
+
+    def __init__(self, place: Place, name: str):
+        """Meet the others.
+
+        Raises:
+            InputError: one does not come, or is of another program or other flags.
+        """
+        self.rank, self.size = place.rank, place.size
+        self._place, self._name = place, name
+        self._ending = threading.Lock()
+        self._ended = False
+        lines = (self._accept if self.rank == 0 else self._connect)()
+        self.wires = [ends[_ORDERS] for ends in lines]
+        self._ends = [ends[_ENDS] for ends in lines]
+        watch = self._watch_other if self.rank == 0 else self._watch_first
+        for number, wire in enumerate(self._ends, start=1):
+            threading.Thread(target=watch, args=(number, wire), daemon=True).start()
+        if self.rank == 0:
+            atexit.register(self._end)
+        else:
+            self._become_quiet()
+        self.require_same("version of this program", _version())
+        self.require_same("version of MLX", mx.__version__)
+        self.require_same("command line", sys.argv[1:])
+
+    @cached_property
+    def group(self) -> mx.distributed.Group:
+        """By which MLX adds up."""
+        try:
+            return mx.distributed.init(strict=True, backend=self._place.backend)
+        except (RuntimeError, ValueError) as error:
+            raise InputError(f"the ranks do not come together: {error}") from None
+
+    def require_same(self, what: str, value: Any) -> None:
+        """See to it that all ranks have the same of something; all of them ask.
+
+        Args:
+            value: JSON.
+
+        Raises:
+            InputError: on rank 0, one has another.
+        """
+        if self.rank:
+            self.wires[0].send(value)
+            self.wires[0].receive()  # where it is another, the end comes instead
+            return
+        for number, wire in enumerate(self.wires, start=1):
+            other = self._heard(number, wire)
+            if other != value:
+                raise InputError(
+                    f"rank {number} ({wire.where}) has another {what} than rank 0: "
+                    f"{_difference(other, value)}"
+                )
+        self.tell(True)
+
+    def tell(self, message: Any) -> None:
+        """On rank 0: say something to all others."""
+        for number, wire in enumerate(self.wires, start=1):
+            try:
+                wire.send(message)
+            except GoneError:
+                self._wait_for_end(number)
+
+    def asked(self, message: Any) -> list[Any]:
+        """On rank 0: what all others answer to something."""
+        self.tell(message)
+        return self.heard()
+
+    def heard(self) -> list[Any]:
+        """On rank 0: what all others say next."""
+        return [self._heard(n, wire) for n, wire in enumerate(self.wires, start=1)]
+
+    def hear(self) -> Any:
+        """Elsewhere: what rank 0 says next."""
+        try:
+            return self.wires[0].receive()
+        except GoneError:
+            self._wait_for_end(0)
+
+    def answer(self, message: Any) -> None:
+        """Elsewhere: say something to rank 0."""
+        try:
+            self.wires[0].send(message)
+        except GoneError:
+            self._wait_for_end(0)
+
+    def give_up(self, reason: str) -> NoReturn:
+        """On rank 0: nothing brings the ranks together any more. The end of all."""
+        self._end(f"{self._name}: {one_line(reason)}")
+        leave(2)
+
+    # Meeting.
+
+    def _accept(self) -> list[dict[str, Wire]]:
+        """On rank 0: wires to all others."""
+        _, size, _, host, port = self._place
+        try:
+            listening = listen(host, port, 2 * size)
+        except OSError as error:
+            raise InputError(
+                f"rank 0 cannot listen at {host}, port {port}, for the others: "
+                f"{error.strerror or error} (mlx.launch --starting-port N takes others)"
+            ) from None
+        until = time.monotonic() + _TOGETHER
+        found: dict[int, dict[str, Wire]] = {n: {} for n in range(1, size)}
+        with listening:
+            while any(len(ends) < 2 for ends in found.values()):
+                listening.settimeout(max(0.01, until - time.monotonic()))
+                try:
+                    connected, _ = listening.accept()
+                except TimeoutError:
+                    missing = [n for n, ends in found.items() if len(ends) < 2]
+                    raise InputError(
+                        f"rank {missing[0]} of {size} has not come in "
+                        f"{_TOGETHER:.0f} seconds"
+                    ) from None
+                wire = Wire(connected)
+                with suppress(GoneError, TypeError, ValueError):
+                    number, kind = wire.receive()
+                    if kind not in found[number]:
+                        found[number][kind] = wire
+        return [found[number] for number in range(1, size)]
+
+    def _connect(self) -> list[dict[str, Wire]]:
+        """Elsewhere: wires to rank 0."""
+        _, _, _, host, port = self._place
+        until = time.monotonic() + _TOGETHER
+        ends = {}
+        for kind in (_ORDERS, _ENDS):
+            try:
+                ends[kind] = Wire(connect(host, port, until))
+                ends[kind].send([self.rank, kind])
+            except (OSError, GoneError) as error:
+                raise InputError(
+                    f"rank {self.rank} does not reach rank 0 at {host}, port {port}: "
+                    f"{error} ({ADDRESS}=HOST:PORT says where it is to listen)"
+                ) from None
+        return [ends]
+
+    # Ending.
+
+    def _become_quiet(self) -> None:
+        """Rank 0 speaks for all, and takes Ctrl-C for all."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        errors.speak_by(lambda _: None, self._report)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def _report(self, line: str) -> None:
+        """A failure is told by rank 0."""
+        with suppress(GoneError):
+            self._ends[0].send(line)
+
+    def _end(self, line: str | None = None) -> None:
+        """On rank 0: it is over, for all; say why, if that is not known yet."""
+        with self._ending:
+            if self._ended:
+                return
+            self._ended = True
+            if line:
+                say(line)
+        for wire in self._ends:
+            with suppress(GoneError):
+                wire.send("end")
+
+    def _watch_other(self, number: int, wire: Wire) -> None:
+        """On rank 0: end when another does."""
+        which = f"{self._name}: rank {number} ({wire.where})"
+        try:
+            said = str(wire.receive())
+            time.sleep(_OWN_REASON)
+            self._end(one_line(f"{which}: {said}"))
+        except GoneError:
+            self._end(f"{which} is gone, and its part of the work with it")
+        leave(2)
+
+    def _watch_first(self, _: int, wire: Wire) -> None:
+        """Elsewhere: end when rank 0 does."""
+        try:
+            wire.receive()
+        except GoneError:
+            if self.rank == 1:  # one of those that are left
+                sys.stderr.write(f"{self._name}: rank 0 is gone\n")
+            leave(2)
+        leave(0)
+
+    def _heard(self, number: int, wire: Wire) -> Any:
+        try:
+            return wire.receive()
+        except GoneError:
+            self._wait_for_end(number)
+
+    def _wait_for_end(self, number: int) -> NoReturn:
+        """A rank is gone, which is noticed elsewhere as well, and said there."""
+        time.sleep(4 * _OWN_REASON)
+        raise InputError(f"rank {number} does not answer")
+
+
+_lock = threading.Lock()
+_met: list[Ranks | None] = []  # once it is known
+
+
+def meet(name: str | None = None) -> Ranks | None:
+    """The ranks that this process is one of; None where it is the only one.
+
+    Args:
+        name: the program's, for messages.
+
+    Raises:
+        InputError: the first time, see :class:`Ranks`; or the launcher says odd things.
+    """
+    with _lock:
+        if not _met:
+            place = place_in(os.environ)
+            name = name or Path(sys.argv[0]).name or "python"
+            _met.append(Ranks(place, name) if place else None)
+        return _met[0]
+
+
+def place_in(environment: "os._Environ[str] | dict[str, str]") -> Place | None:
+    """What a launcher says about this process; None where it is the only one.
+
+    Raises:
+        InputError: what it says is odd, or lacks where rank 0 is.
+    """
+    said = environment.get
+    if said("MLX_RANK") and said("MLX_HOSTFILE"):
+        hosts = [_address(host[0]) for host in _listed(said("MLX_HOSTFILE"))]
+        ports = [_address(a)[1] for h in _listed(said("MLX_HOSTFILE")) for a in h]
+        size, backend = len(hosts), "ring"
+        host, port = hosts[0][0] if hosts else "", max(ports, default=0) + 1
+    elif said("MLX_RANK") and said("MLX_JACCL_COORDINATOR"):
+        size, backend = len(_listed(said("MLX_IBV_DEVICES") or "")), "jaccl"
+        host, port = _address(said("MLX_JACCL_COORDINATOR"))
+        port += 1
+    elif said("MLX_RANK") and said("NCCL_HOST_IP"):
+        size, backend = _number(said("MLX_WORLD_SIZE")), "nccl"
+        host, port = said("NCCL_HOST_IP"), _number(said("NCCL_PORT")) + 1
+    elif said("OMPI_COMM_WORLD_SIZE") or said("PMI_SIZE"):
+        size = _number(said("OMPI_COMM_WORLD_SIZE") or said("PMI_SIZE"))
+        backend, host, port = "mpi", "", 0
+    else:
+        return None
+    if size < 2:
+        return None
+    names = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+    rank = _number(next((said(name) for name in names if said(name)), None))
+    if not 0 <= rank < size:
+        raise InputError(f"the launcher says that this is rank {rank} of {size}")
+    if said(ADDRESS):
+        host, port = _address(said(ADDRESS))
+    if not host:
+        raise InputError(f"MPI does not say where rank 0 is: {ADDRESS}=HOST:PORT does")
+    return Place(rank, size, backend, host, port)
+
+
+@contextmanager
+def whole() -> Iterator[None]:
+    """Ctrl-C waits for what is done inside: what all ranks do, none leaves halfway."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[tuple[int, FrameType | None]] = []
+    before = signal.signal(signal.SIGINT, lambda *signal: came.append(signal))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came and callable(before):
+        before(*came[0])
+
+
+def _listed(path: str) -> list[Any]:
+    """What a launcher's file lists; nothing where it has but one process."""
+    try:
+        text = Path(path).read_text("utf-8")
+        listed = json.loads(text) if text.strip() else []
+    except (OSError, ValueError) as error:
+        raise InputError(f"the launcher's file cannot be read: {error}") from None
+    if not isinstance(listed, list) or not all(
+        isinstance(host, list) and host for host in listed
+    ):
+        raise InputError(f"the launcher's file {path} lists no hosts")
+    return listed
+
+
+def _address(text: Any) -> tuple[str, int]:
+    host, _, port = str(text).rpartition(":")
+    if not host:
+        raise InputError(f"'{text}' is no address: HOST:PORT is one")
+    return host.strip("[]"), _number(port)
+
+
+def _number(text: str | None) -> int:
+    if not (text and text.isascii() and text.isdecimal()):
+        raise InputError(f"the launcher says '{text}' where a number has to be")
+    return int(text)
+
+
+def _version() -> str:
+    """What tells this program from another version of it: its files."""
+    digest = hashlib.sha256()
+    home = Path(__file__).resolve().parents[1]
+    for path in sorted([*home.glob("*.py"), *home.glob("*/*.py")]):
+        digest.update(f"{path.relative_to(home)} {path.stat().st_size}".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _difference(other: Any, own: Any) -> str:
+    """How two values differ, in words."""
+    if isinstance(other, list) and isinstance(own, list):
+        longest = max(len(other), len(own))
+        for place in range(longest):
+            pair = [each[place] if place < len(each) else "" for each in (other, own)]
+            if pair[0] != pair[1]:
+                other, own = pair
+                break
+    return f"'{other}' there, '{own}' here"
