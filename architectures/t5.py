@@ -10,13 +10,13 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map_with_path
 
 from architectures.loading import USUAL, Loading
+from architectures.parallel import join, open_part
 from architectures.parameters import (
     dequantize,
     linear_paths,
     parameter_shapes,
     quantize,
 )
-from architectures.parallel import join, open_part
 from architectures.parts import Share
 from architectures.slim import slim
 from architectures.t5_session import T5Session

@@ -247,8 +247,19 @@ class MappedWeights:
                 pt = part(name)
                 if pt is not None:
                     if not pt.ranges:
-                        del loaded[name]; continue
-                    loaded[name] = mx.contiguous(mx.concatenate([loaded[name][a:b] if pt.axis==0 else loaded[name][:, a:b] for a,b in pt.ranges], axis=pt.axis))
+                        del loaded[name]
+                        continue
+                    loaded[name] = mx.contiguous(
+                        mx.concatenate(
+                            [
+                                loaded[name][a:b]
+                                if pt.axis == 0
+                                else loaded[name][:, a:b]
+                                for a, b in pt.ranges
+                            ],
+                            axis=pt.axis,
+                        )
+                    )
                 mx.eval(loaded[name])
             stream.close()
         if stream.error:
