@@ -203,7 +203,7 @@ class MappedWeights:
         """The dtypes that occur."""
         return {_MLX_DTYPES[stored.view.dtype] for stored in self._stored.values()}
 
-    def bytes(self, part=None) -> int:
+    def bytes(self) -> int:
         """How many bytes the tensors take, as stored."""
         return sum(stored.view.nbytes for stored in self._stored.values())
 
@@ -211,7 +211,6 @@ class MappedWeights:
         self,
         expected: Mapping[str, mx.array],
         dtype: Callable[[str], mx.Dtype | None] = lambda name: None,
-        part=lambda name: None,
     ) -> dict[str, mx.array]:
         """Copy every tensor once, from the mapped file into an array of its own.
 
@@ -244,32 +243,11 @@ class MappedWeights:
                         stream.close()
                         raise
                 loaded[name] = value
-                pt = part(name)
-                if pt is not None:
-                    if not pt.ranges:
-                        del loaded[name]
-                        continue
-                    loaded[name] = mx.contiguous(
-                        mx.concatenate(
-                            [
-                                loaded[name][a:b]
-                                if pt.axis == 0
-                                else loaded[name][:, a:b]
-                                for a, b in pt.ranges
-                            ],
-                            axis=pt.axis,
-                        )
-                    )
                 mx.eval(loaded[name])
             stream.close()
         if stream.error:
             raise InputError(f"cannot read {self._path}: {stream.error}")
         return loaded
-
-
-class Part(NamedTuple):
-    axis: int
-    ranges: tuple
 
 
 class _Stored(NamedTuple):
