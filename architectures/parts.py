@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from checkpoints.config import T5Config
-from checkpoints.converted import Part
+from checkpoints.reading import Part
 
 Range = tuple[int, int]
 
