@@ -68,6 +68,8 @@ class Share:
         Args:
             whole: by their names, as stored: packed ones have fewer columns.
         """
+        if self.config == self.whole and self.head:
+            return {}
         found = {name: self._part(name, array.shape) for name, array in whole.items()}
         return {name: part for name, part in found.items() if part}
 
