@@ -90,6 +90,9 @@ class _Voice:
 
 _voice = _Voice()
 
+#: When Python last came to a Ctrl-C (``time.monotonic``): not while a library computes.
+interrupts: list[float] = [0.0]
+
 
 def speak_by(say: Callable[[str], None], fail: Callable[[str], None]) -> None:
     """Have lines said by another process than this one.
@@ -158,6 +161,7 @@ def run(main: Callable[[], int | None], name: str) -> int:
     def interrupt(_: int, frame: FrameType | None) -> None:
         nonlocal interrupted
         interrupted = True
+        interrupts[0] = time.monotonic()
         if not _has(frame, lambda code: code is _answer.__code__):
             return  # it is over: a second Ctrl-C has nothing to interrupt
         if _has(frame, lambda code: code.co_filename.startswith("<frozen importlib")):

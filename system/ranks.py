@@ -38,6 +38,8 @@ _TOGETHER = 60.0
 #: Seconds that rank 0 has to end for a reason of its own when another fails: it is
 #: often the same.
 _OWN_REASON = 1.0
+#: Seconds that Ctrl-C may take.
+_UNANSWERED = 10.0
 #: What each wire is for: orders and answers; and who ends, and why.
 _ORDERS, _ENDS = "orders", "ends"
 
@@ -83,6 +85,7 @@ class Ranks:
             threading.Thread(target=watch, args=(number, wire), daemon=True).start()
         if self.rank == 0:
             atexit.register(self._end)
+            self._take_interrupts()
         else:
             self._become_quiet()
         self.require_same("version of this program", _version())
@@ -236,6 +239,27 @@ class Ranks:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, signal.SIG_IGN)
 
+    def _take_interrupts(self) -> None:
+        """On rank 0: have Ctrl-C end what waits for a sum that never comes, in which
+        Python does not come to it."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        out, into = os.pipe()
+        os.set_blocking(into, False)
+        signal.set_wakeup_fd(into, warn_on_full_buffer=False)
+
+        def watch() -> None:
+            while True:
+                if os.read(out, 1) != bytes([signal.SIGINT]):
+                    continue
+                came = time.monotonic()
+                time.sleep(_UNANSWERED)
+                if errors.interrupts[0] < came - _OWN_REASON:
+                    self._end(f"{self._name}: interrupted; the ranks do not answer")
+                    leave(130)
+
+        threading.Thread(target=watch, daemon=True).start()
+
     def _report(self, line: str) -> None:
         """A failure is told by rank 0."""
         with suppress(GoneError):
@@ -348,7 +372,11 @@ def whole() -> Iterator[None]:
         yield
         return
     came: list[tuple[int, FrameType | None]] = []
-    before = signal.signal(signal.SIGINT, lambda *signal: came.append(signal))
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.append((number, frame))
+
+    before = signal.signal(signal.SIGINT, note)
     try:
         yield
     finally:
