@@ -47,10 +47,15 @@ class Share:
             groups: whether matrices are quantized: no group of columns is divided.
         """
         group = config.quantization.group_size if groups else 1
+        # Matrices whose columns are no whole groups are not quantized.
+        inner = config.num_heads * config.d_kv
+        of_heads, of_columns = (
+            group if count % group == 0 else 1 for count in (inner, config.d_ff)
+        )
         # Heads that are whole groups together.
-        together = math.lcm(config.d_kv, group) // config.d_kv
+        together = math.lcm(config.d_kv, of_heads) // config.d_kv
         heads, silent_heads = _share(config.num_heads, together, rank, size)
-        columns, silent_columns = _share(config.d_ff, group, rank, size)
+        columns, silent_columns = _share(config.d_ff, of_columns, rank, size)
         return cls(config, heads, columns, silent_heads, silent_columns, rank == 0)
 
     @property
