@@ -87,6 +87,7 @@ from measuring.variants import Cell, simulated, variants_of
 from speculation.requests import MAX_TOKENS
 from system import remembering
 from system.errors import InputError, run, say
+from system.ranks import meet
 
 
 def main() -> None:
@@ -95,10 +96,15 @@ def main() -> None:
     Raises:
         InputError: the flags, the models or the prompts are not what they have to be.
     """
+    ranks = meet(NAME)
     args = parse_arguments(add_loading, NO_DRAFT)
+    if ranks and (args.serve or args.simulate_alpha is not None):
+        raise InputError("--serve and --simulate-alpha are for one process")
     swept = cells(args)
     require_matplotlib(args.plot)
     about = header(args.repeats)
+    if ranks:
+        about["ranks"] = ranks.size
     if args.calibrate:
         _calibrate(args, about)
         return

@@ -175,6 +175,11 @@ class Pair:
             )
             drafter = ModelDrafter(session)
         if divided:
+            if divided.busy:
+                raise InputError(
+                    "these ranks hold a target already: together they hold one"
+                )
+            divided.busy = True
             how = how._replace(ranks=divided)
         target = architecture.open_session(folder, tokenizer, vocabulary, how)
         ends = architecture.eos_tokens(folder, tokenizer)

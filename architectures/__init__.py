@@ -6,7 +6,8 @@ which; nothing here knows of drafts or of decoding.
 
 In the order to read them: ``loading`` (what there is to choose), ``registry``; for T5
 ``t5`` (loading), ``t5_checkpoint`` (its tensors' names), ``t5_session`` (a batch's
-state), ``parameters`` (shapes, quantization), ``slim`` (small ones on a CPU); for the
+state), ``parameters`` (shapes, quantization), ``slim`` (small ones on a CPU), ``parts``
+and ``parallel`` (what each of several ranks has of one, and how they run it); for the
 others ``causal``, ``verified`` (which are known to be right), ``rotary`` (their
 position embeddings), ``causal_model`` and ``causal_layers`` (loading, and what mlx-lm's
 lack), ``causal_session`` and ``row_cache`` (a batch's state).

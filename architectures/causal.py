@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from architectures.loading import Loading
+from architectures.parallel import open_part
 from checkpoints.config import Special, find_size, with_text
 from checkpoints.converted import CONFIG, GENERATION_CONFIG
 from speculation.session import Session
@@ -117,7 +118,7 @@ def open_session(
     from architectures import causal_model
 
     try:
-        found = causal_model.load(folder, how.unverified)
+        found = causal_model.load(folder, how.unverified, how.ranks)
     except ImportError:
         raise InputError(HINT) from None
     from architectures.causal_session import CausalSession  # of mlx-lm's caches
@@ -127,7 +128,7 @@ def open_session(
             f"{folder / CONFIG} has a vocab_size that its weights have not: "
             f"{vocabulary} ids, and {found.rows} rows"
         )
-    return CausalSession(
+    session = CausalSession(
         found.model,
         vocabulary,
         tokenizer.gaps(vocabulary),
@@ -135,3 +136,4 @@ def open_session(
         batches=found.verified,
         heads=found.heads,
     )
+    return open_part(session, how.ranks) if how.ranks else session

@@ -25,11 +25,15 @@ from system.device import prepare
 from system.errors import InputError
 from system.files import read_json
 from system.memory import prepare_memory, wire
+from system.ranks import Ranks
 
 #: What a config may call the number of its layers, and the most of anything else that
 #: it counts: heads, experts, inputs.
 _LAYERS = {"num_hidden_layers", "num_layers", "n_layers", "n_layer"}
 _MOST = 4096
+#: What it may call the number of its queries' heads, and of its keys'.
+_HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
+_KEY_HEADS = ("num_key_value_heads", "n_head_kv", "num_kv_heads", "n_kv_heads")
 
 
 @dataclass(frozen=True)
@@ -52,18 +56,20 @@ class Causal:
     verified: bool
 
 
-def load(folder: Path, unverified: bool = False) -> Causal:
+def load(folder: Path, unverified: bool = False, ranks: Ranks | None = None) -> Causal:
     """Load a checkpoint as it is: Hugging Face's or mlx-community's, quantized or not.
 
     On a CPU the weights become float32, quantized ones too.
 
     Args:
         unverified: load an architecture that :mod:`verified` does not have as well.
+        ranks: among which it is divided, by mlx-lm; None for the whole.
 
     Raises:
         ImportError: mlx-lm is missing.
         InputError: it does not have this architecture, that or one of its fields is not
-            verified, the files are damaged, or the weights do not fit the memory.
+            verified, the files are damaged, or the weights do not fit the memory; or
+            mlx-lm cannot divide it.
     """
     config = read_json(folder / CONFIG)
     refuse_code(config, folder)
@@ -82,6 +88,10 @@ def load(folder: Path, unverified: bool = False) -> Causal:
 
         model = dequantize_model(model)
         model.update(tree_map(_widen, model.parameters()))
+    heads = find_size(config, *_HEADS)
+    if ranks:
+        _divide(model, config, ranks, folder)
+        heads = heads // ranks.size
     if known is not None:
         mend(model, known)
     weights = tree_flatten(model.parameters())
@@ -91,7 +101,6 @@ def load(folder: Path, unverified: bool = False) -> Causal:
     wire(model, size)
     model.eval()
     positions = known.positions if known else _positions(config, model)
-    heads = find_size(config, "num_attention_heads", "n_head", "num_heads", "n_heads")
     return Causal(model, _rows(model), heads, positions, known is not None)
 
 
@@ -203,6 +212,37 @@ def _build(
         _quantize(model, weights, quantization)
     model.load_weights(list(weights.items()), strict=True)
     return model
+
+
+def _divide(
+    model: nn.Module, config: dict[str, Any], ranks: Ranks, folder: Path
+) -> None:
+    """Leave this rank its part of a model, and have it add up with the others.
+
+    Raises:
+        InputError: mlx-lm cannot do that, or not for so many ranks.
+    """
+    kind = config.get("model_type")
+    if not hasattr(model, "shard"):
+        raise InputError(
+            f"mlx-lm cannot divide {folder}, a {kind}, among ranks: run it on one "
+            f"machine"
+        )
+    heads = find_size(config, *_HEADS)
+    keys = find_size(config, *_KEY_HEADS) or heads
+    for count in (heads, keys):
+        # It would cut through a head, and say nothing.
+        if count is None or count % ranks.size:
+            raise InputError(
+                f"{folder} has {heads} heads, of keys {keys}, which {ranks.size} ranks "
+                f"cannot divide evenly: take another number of them"
+            )
+    try:
+        model.shard(ranks.group)
+    except ValueError as error:
+        raise InputError(
+            f"mlx-lm cannot divide {folder} among {ranks.size} ranks: {error}"
+        ) from None
 
 
 def _weights(folder: Path, tensors: dict[str, Tensor]) -> dict[str, mx.array]:

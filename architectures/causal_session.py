@@ -134,6 +134,16 @@ class CausalSession:
         yield from apart._prefill(once, 0, max(1, CHUNK // len(once)))
         return prompts, apart._caches, copy_of
 
+    def require(self, prompts: list[list[int]], beside: bool) -> None:
+        """See to it that prompts can be prefilled, whatever is cached of them.
+
+        Raises:
+            PromptError, TooLongError: as :meth:`start`.
+        """
+        self._check(prompts)
+        once, _ = distinct(prompts)
+        self._require_room(once, 0, len(prompts))
+
     def put(
         self,
         rows: list[int],

@@ -7,7 +7,7 @@ knows nothing yet, goes from device to device. So there is nothing about which t
 could come to differ: the others decide nothing.
 
       rank 0    engine ─► Leader ──┬──► its session ─► logits
-                      once a round │       ▲ sums, two or three a layer
+                      once a round │       ▲ sums, one for each block
                                    │       ▼
       rank 1              follow ◄─┴──► its session
 
@@ -35,17 +35,17 @@ _FAULTS = {kind.__name__: kind for kind in (PromptError, TooLongError, NoRoomErr
 class Summed(nn.Module):
     """A matrix of which each rank has some columns: its products are parts of a sum."""
 
-    def __init__(self, own: nn.Module, group: mx.distributed.Group, silent: bool):
+    def __init__(self, own: nn.Module, ranks: Ranks, silent: bool):
         """``silent``: another rank has these columns as well, and they do not count."""
         super().__init__()
         self.own = own
-        self._group, self._silent = group, silent
+        self._add_up, self._silent = ranks.add_up, silent
 
     def add_to(self, x: mx.array, y: mx.array) -> mx.array:
         """``x + y @ W.T`` of the whole W, where ``y`` is this rank's part."""
         part = self.own(y)
         part = mx.zeros_like(part) if self._silent else part
-        return x + mx.distributed.all_sum(part, group=self._group)
+        return x + self._add_up(part)
 
 
 class _Unread(nn.Module):
@@ -55,15 +55,15 @@ class _Unread(nn.Module):
         return x
 
 
-def join(model: T5, share: Share, group: mx.distributed.Group) -> None:
+def join(model: T5, share: Share, ranks: Ranks) -> None:
     """Have a part of a T5 add up with the others."""
     for layer in [*model.encoder.layers, *model.decoder.layers]:
         for name in ("attention", "cross_attention"):
             if name in layer:
                 block = layer[name]
-                block.o = Summed(block.o, group, share.silent_heads)
+                block.o = Summed(block.o, ranks, share.silent_heads)
         block = layer.feed_forward
-        block.wo = Summed(block.wo, group, share.silent_columns)
+        block.wo = Summed(block.wo, ranks, share.silent_columns)
     if not share.head:
         model.head = _Unread()
 
@@ -256,7 +256,7 @@ def _shared(arrays: list[mx.array], ranks: Ranks) -> list[mx.array]:
     """Rank 0's integers, which the others have zeros for: they are sums, too."""
     flat = [array.astype(mx.int32).flatten() for array in arrays]
     sent = flat[0] if len(flat) == 1 else mx.concatenate(flat)
-    sent = mx.distributed.all_sum(sent, group=ranks.group)
+    sent = ranks.add_up(sent)
     ends = np.cumsum([array.size for array in arrays]).tolist()
     parts = [sent] if len(flat) == 1 else mx.split(sent, ends[:-1])
     return [p.reshape(a.shape) for p, a in zip(parts, arrays, strict=True)]

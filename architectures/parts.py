@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from checkpoints.config import T5Config
-from checkpoints.converted import Part
+from checkpoints.reading import Part
 
 Range = tuple[int, int]
 
@@ -73,6 +73,8 @@ class Share:
         Args:
             whole: by their names, as stored: packed ones have fewer columns.
         """
+        if self.config == self.whole and self.head:
+            return {}
         found = {name: self._part(name, array.shape) for name, array in whole.items()}
         return {name: part for name, part in found.items() if part}
 

@@ -10,13 +10,13 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map_with_path
 
 from architectures.loading import USUAL, Loading
+from architectures.parallel import join, open_part
 from architectures.parameters import (
     dequantize,
     linear_paths,
     parameter_shapes,
     quantize,
 )
-from architectures.parallel import join, open_part
 from architectures.parts import Share
 from architectures.slim import slim
 from architectures.t5_session import T5Session
@@ -45,27 +45,21 @@ def load(folder: Path, how: Loading = USUAL) -> T5:
     config = T5Config.read(folder)
     stored = MappedWeights(folder / WEIGHTS)
     config.require(len(stored), stored.bytes())
-    tied = "head.weight" not in stored
-    model = T5(config, tied)
-    quantized = [path for path in linear_paths(model) if f"{path}.scales" in stored]
     dtype = prepare(how.dtype, how.compiles)
     become = partial(dtype_of, dtype=dtype)
-    unpacked = set(quantized) if on_cpu() else set()
+    whole = T5(config, tied="head.weight" not in stored)
+    quantized = [path for path in linear_paths(whole) if f"{path}.scales" in stored]
     if quantized:
-        quantize(model, config.quantization, quantized)
-    expected = dict(tree_flatten(model.parameters()))
-    share, parts = None, {}
-    if how.ranks:
-        share = Share.of(config, how.ranks.rank, how.ranks.size, bool(quantized))
-        parts = share.parts(expected)
-        config, tied = share.config, tied or not share.head
-        quantized = [p for p in quantized if share.head or p != "head"]
-    model = T5(config, tied)
-    whole = parameter_shapes(model)
-    if quantized and not unpacked:
-        quantize(model, config.quantization, quantized)
+        quantize(whole, config.quantization, quantized)
+    expected = dict(tree_flatten(whole.parameters()))
+    rank, ranks = (how.ranks.rank, how.ranks.size) if how.ranks else (0, 1)
+    share = Share.of(config, rank, ranks, bool(quantized))
+    parts = share.parts(expected)
+    model = T5(share.config, tied="head" not in whole or not share.head)
+    quantized = [path for path in quantized if share.head or path != "head"]
+    unpacked = set(quantized) if on_cpu() else set()
     if unpacked or (dtype and not quantized):
-        size = _bytes(whole, become)
+        size = _bytes(parameter_shapes(model), become)
     else:
         size = stored.bytes(parts.get)
     prepare_memory(size, folder)
@@ -77,17 +71,18 @@ def load(folder: Path, how: Loading = USUAL) -> T5:
         ),
         parts.get,
     )
-    if unpacked:
-        for path in quantized:
-            name = f"{path}.weight"
-            value = dequantize(weights, path, config.quantization)
-            weights[name] = as_dtype(value, become(name), f"{folder / WEIGHTS}: {name}")
-            mx.eval(weights[name])
+    for path in unpacked:
+        name = f"{path}.weight"
+        value = dequantize(weights, path, config.quantization)
+        weights[name] = as_dtype(value, become(name), f"{folder / WEIGHTS}: {name}")
+        mx.eval(weights[name])
+    if quantized and not unpacked:
+        quantize(model, config.quantization, quantized)
     model.load_weights(list(weights.items()))
     mx.eval(model.parameters())
     wire(model, size)
-    if share:
-        join(model, share, how.ranks.group)
+    if how.ranks:
+        join(model, share, how.ranks)
     return model
 
 

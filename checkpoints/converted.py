@@ -7,23 +7,19 @@ into an array of its own, as fast as it reads safetensors; ``mx.load`` takes an 
 through Python's zipfile, several times slower.
 """
 
-import io
-import json
 import math
 import mmap
-import os
 import re
 import struct
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 from checkpoints.archive import member_spans
+from checkpoints.reading import Part, SafetensorsStream, Stored
 from checkpoints.replacing import recover
 from system.errors import InputError
 from system.files import map_file
@@ -47,9 +43,6 @@ _NPY_DTYPES = {
     mx.uint8: "|u1",
 }
 _MLX_DTYPES = {np.dtype(descr): dtype for dtype, descr in _NPY_DTYPES.items()}
-_SAFETENSORS_DTYPES = dict(
-    zip(_MLX_DTYPES, ("F32", "F16", "BF16", "U32", "U8"), strict=True)
-)
 
 #: What an npy header may say a dtype is; numpy's own spelling of bytes, too.
 _STORED_DTYPES = {*_NPY_DTYPES.values(), "|V2"}
@@ -59,8 +52,6 @@ _NPY_TEXT = re.compile(
     rb"\{'descr': '([<|]\w\d)', 'fortran_order': (True|False), "
     rb"'shape': \(((?:\d{1,18}, ?)*(?:\d{1,18})?)\),? ?\} *\n?"
 )
-
-_PIECE = 1 << 23  # bytes that a thread reads at a time
 
 
 def locate(name: str) -> Path:
@@ -203,38 +194,46 @@ class MappedWeights:
         """The dtypes that occur."""
         return {_MLX_DTYPES[stored.view.dtype] for stored in self._stored.values()}
 
-    def bytes(self, part=None) -> int:
-        """How many bytes the tensors take, as stored."""
-        return sum(stored.view.nbytes for stored in self._stored.values())
+    def bytes(self, part: Callable[[str], Part | None] = lambda name: None) -> int:
+        """How many bytes the tensors take, or a part of each, as stored.
+
+        Raises:
+            ValueError: a part is not inside its tensor.
+        """
+        return sum(stored.nbytes for stored in self._parts(part).values())
 
     def load(
         self,
         expected: Mapping[str, mx.array],
         dtype: Callable[[str], mx.Dtype | None] = lambda name: None,
-        part=lambda name: None,
+        part: Callable[[str], Part | None] = lambda name: None,
     ) -> dict[str, mx.array]:
         """Copy every tensor once, from the mapped file into an array of its own.
 
         Args:
             expected: an array (that is never computed) for each tensor that has to be
-                there, of its shape and of its kind: floating-point numbers of any
-                width, or exactly these integers.
+                there, of the shape it has when whole and of its kind: floating-point
+                numbers of any width, or exactly these integers.
             dtype: what to convert a tensor's floating-point numbers to, one after the
                 other; None leaves them as stored.
+            part: what to read of a tensor; None reads all of it. One of which nothing
+                is wanted is checked too, but not among those returned.
 
         Raises:
             InputError: the tensors are not those expected, and all of them are checked
                 before any is read; or a number is beyond what it is converted to.
+            ValueError: a part is not inside its tensor.
         """
         _check(self._path, self._stored, expected)
+        parts = self._parts(part)
         with self._path.open("rb", buffering=0) as file:
-            stream = _SafetensorsStream(file.fileno(), self._stored)
+            stream = SafetensorsStream(file.fileno(), parts)
             direct = mx.load(stream, format="safetensors")
             loaded = {}
-            for name, stored in self._stored.items():
+            for name, stored in parts.items():
                 value = direct.pop(name, None)
                 if value is None:
-                    value = _copy(stored.view)
+                    value = _copy(stored.cut())
                 # One by one: what is read and what it is converted to never add up.
                 kind = dtype(name)
                 if kind and mx.issubdtype(value.dtype, mx.floating):
@@ -244,116 +243,26 @@ class MappedWeights:
                         stream.close()
                         raise
                 loaded[name] = value
-                pt = part(name)
-                if pt is not None:
-                    if not pt.ranges:
-                        del loaded[name]; continue
-                    loaded[name] = mx.contiguous(mx.concatenate([loaded[name][a:b] if pt.axis==0 else loaded[name][:, a:b] for a,b in pt.ranges], axis=pt.axis))
                 mx.eval(loaded[name])
             stream.close()
         if stream.error:
             raise InputError(f"cannot read {self._path}: {stream.error}")
         return loaded
 
-
-class Part(NamedTuple):
-    axis: int
-    ranges: tuple
-
-
-class _Stored(NamedTuple):
-    """A tensor in the file: mapped, and the offset of its data."""
-
-    view: np.ndarray
-    offset: int
-
-
-class _SafetensorsStream(io.RawIOBase):
-    """An npz, presented as the safetensors file that it could have been.
-
-    MLX reads safetensors straight into its own buffers; arrays made from numpy's cost a
-    second copy, and on most systems the time of it. All that differs is where the
-    header says the data are, so this is a header made up for the npz, followed by the
-    npz as it is. Large reads are shared among threads, which doubles their speed.
-    """
-
-    def __init__(self, file: int, tensors: Mapping[str, _Stored]):
-        super().__init__()
-        header = {
-            name: {
-                "dtype": _SAFETENSORS_DTYPES[view.dtype],
-                "shape": list(view.shape),
-                "data_offsets": [offset, offset + view.nbytes],
-            }
-            for name, (view, offset) in tensors.items()
-            if view.flags.c_contiguous and view.size
-        }
-        text = json.dumps(header).encode()
-        self._header = struct.pack("<Q", len(text)) + text
-        self._file = file
-        self._at = 0
-        self._threads = ThreadPoolExecutor(4)
-        self.error: OSError | None = None
-
-    def close(self) -> None:
-        self._threads.shutdown()
-        super().close()
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        end = len(self._header) + os.fstat(self._file).st_size
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: end}[whence]
-        self._at = start + offset
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        into = memoryview(buffer).cast("B")
-        if self._at < len(self._header):
-            part = self._header[self._at : self._at + len(into)]
-            into[: len(part)] = part
-            self._at += len(part)
-            return len(part)
-        start = self._at - len(self._header)
-        places = range(0, len(into), _PIECE)
-        # MLX asks from a thread of its own, which an exception would take down along
-        # with the process: it is kept for later.
-        try:
-            list(self._threads.map(lambda at: self._fill(into, at, start), places))
-        except OSError as error:
-            self.error = error
-        self._at += len(into)
-        return len(into)
-
-    def read(self, size: int = -1) -> bytes:
-        buffer = bytearray(size)
-        return bytes(buffer[: self.readinto(buffer)])
-
-    def _fill(self, into: memoryview, at: int, start: int) -> None:
-        """Read ``into[at : at + _PIECE]`` from the same place after ``start``."""
-        end = min(at + _PIECE, len(into))
-        while at < end:
-            got = os.preadv(self._file, [into[at:end]], start + at)
-            if not got:
-                raise OSError("the file has become shorter")
-            at += got
+    def _parts(self, part: Callable[[str], Part | None]) -> dict[str, Stored]:
+        """The tensors of which something is wanted, and what."""
+        parts = {name: each.only(part(name)) for name, each in self._stored.items()}
+        return {name: stored for name, stored in parts.items() if stored.wanted}
 
 
 def _copy(view: np.ndarray) -> mx.array:
-    """An array from a mapped one that safetensors has no form for: a transposed one."""
+    """An array from one that safetensors has no form for: transposed, or empty."""
     if _MLX_DTYPES[view.dtype] == mx.bfloat16:
         return mx.array(view.view(np.uint16)).view(mx.bfloat16)
     return mx.array(view)
 
 
-def _map_members(mapped: mmap.mmap) -> dict[str, _Stored]:
+def _map_members(mapped: mmap.mmap) -> dict[str, Stored]:
     """Every member of the archive as an array over the mapping."""
     tensors = {}
     for member, (start, size) in member_spans(mapped).items():
@@ -362,7 +271,7 @@ def _map_members(mapped: mmap.mmap) -> dict[str, _Stored]:
     return tensors
 
 
-def _map_npy(mapped: mmap.mmap, name: str, start: int, size: int) -> _Stored:
+def _map_npy(mapped: mmap.mmap, name: str, start: int, size: int) -> Stored:
     """The npy file at ``mapped[start : start + size]`` as an array.
 
     Its header (numpy.lib.format, version 1.0 or 2.0) is a Python literal in general;
@@ -386,11 +295,11 @@ def _map_npy(mapped: mmap.mmap, name: str, start: int, size: int) -> _Stored:
     if offset - start + math.prod(shape) * dtype.itemsize != size:
         raise ValueError(f"{name} has not the size that its shape says")
     order = "F" if fortran_order else "C"
-    return _Stored(np.ndarray(shape, dtype, mapped, offset, order=order), offset)
+    return Stored(np.ndarray(shape, dtype, mapped, offset, order=order), offset)
 
 
 def _check(
-    path: Path, found: Mapping[str, _Stored], expected: Mapping[str, mx.array]
+    path: Path, found: Mapping[str, Stored], expected: Mapping[str, mx.array]
 ) -> None:
     """Names, shapes and kinds agree, or an error names the first that does not."""
     again = "the folder's files do not belong together: convert the model again"

@@ -125,6 +125,8 @@ class Program:
         if verbose and self._arguments.num_draft is None and self._pair.drafts:
             for line in self._pair.policy.reasons():
                 say(line)
+        if verbose and self._pair.how.ranks and self._pair.target.has_encoder:
+            say(self._pair.how.ranks.traffic())
 
 
 def main() -> int:

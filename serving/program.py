@@ -25,6 +25,7 @@ from serving.metrics import Metrics
 from serving.worker import Worker
 from system import fast_blas
 from system.errors import InputError, say
+from system.ranks import meet
 
 #: Seconds that the round which is running may take to end, and that clients may take
 #: to read that there is no more.
@@ -64,9 +65,12 @@ def main() -> int:
         InputError: the flags or the models are not what they have to be, or the port
             is taken.
     """
+    ranks = meet(NAME)
     arguments = parse_arguments()
     if fast_blas.hint:
         say(fast_blas.hint)
+    if ranks and ranks.rank:
+        _load(arguments)  # its part, to the end
     with _listen(arguments.host, arguments.port) as listening:
         return _serve(arguments, listening)
 

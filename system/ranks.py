@@ -59,6 +59,8 @@ class Ranks:
     Attributes:
         rank, size: which of how many it is.
         wires: on rank 0 one to each other, in order; elsewhere the one to rank 0.
+        busy: whether they hold a model together.
+        sums, summed_bytes: how often :meth:`add_up` was asked, and of how many bytes.
     """
 
     def __init__(self, place: Place, name: str):
@@ -68,6 +70,8 @@ class Ranks:
             InputError: one does not come, or is of another program or other flags.
         """
         self.rank, self.size = place.rank, place.size
+        self.busy = False
+        self.sums = self.summed_bytes = 0
         self._place, self._name = place, name
         self._ending = threading.Lock()
         self._ended = False
@@ -92,6 +96,19 @@ class Ranks:
             return mx.distributed.init(strict=True, backend=self._place.backend)
         except (RuntimeError, ValueError) as error:
             raise InputError(f"the ranks do not come together: {error}") from None
+
+    def add_up(self, part: mx.array) -> mx.array:
+        """The sum of what each rank has, for all; where the same sums are begun with in
+        the same order everywhere."""
+        self.sums += 1
+        self.summed_bytes += part.nbytes
+        return mx.distributed.all_sum(part, group=self.group)
+
+    def traffic(self) -> str:
+        """What went from rank to rank so far, in words. (Of compiled passes there are
+        only those that were traced.)"""
+        megabytes = self.summed_bytes / 1e6
+        return f"{self.size} ranks: {self.sums:,} sums of {megabytes:,.1f} MB so far"
 
     def require_same(self, what: str, value: Any) -> None:
         """See to it that all ranks have the same of something; all of them ask.

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import convert
 from architectures import t5
-from checkpoints import converted, storing
+from checkpoints import converted, reading, storing
 from checkpoints.converted import WEIGHTS, MappedWeights, WeightsWriter
 from system.errors import InputError
 from system.files import read_json
@@ -156,7 +156,7 @@ def test_reading_is_checked(make, tmp_path, monkeypatch):
     """A file that shrinks while it is read, or a disk that fails: said, no crash."""
     _, _, folder = make()
     stored = MappedWeights(folder / WEIGHTS)
-    monkeypatch.setattr(converted.os, "preadv", lambda *_: 0)
+    monkeypatch.setattr(reading.os, "preadv", lambda *_: 0)
     with pytest.raises(InputError, match="become shorter"):
         stored.load(mx.load(str(folder / WEIGHTS)))
 
@@ -165,7 +165,7 @@ def test_large_reads_are_shared(make, tmp_path, monkeypatch):
     """Pieces of a tensor that different threads read come together right."""
     _, _, folder = make()
     whole = mx.load(str(folder / WEIGHTS))
-    monkeypatch.setattr(converted, "_PIECE", 100)
+    monkeypatch.setattr(reading, "_PIECE", 100)
     read = MappedWeights(folder / WEIGHTS).load(whole)
     assert all(mx.array_equal(read[name], whole[name]) for name in whole)
 
