@@ -19,7 +19,8 @@ import main
 PROJECT = Path(main.__file__).parent
 
 #: The program with the bundled pair, and the prompts that this likes.
-PROGRAM = [sys.executable, "main.py"]
+PROGRAM = [sys.executable, "main.py", "--model", "demo/target"]
+PROGRAM += ["--draft-model", "demo/draft"]
 ASKED = "translate English to German: The old man is reading a book."
 
 #: What other launchers than this one would say.
@@ -139,6 +140,15 @@ class Ranked:
             assert self.processes[0].poll() is None, self.err()
             assert time.monotonic() < until, f"it hangs: {self.err()}"
             time.sleep(0.002)
+
+    def takes_signals(self):
+        """Whether the ranks have come to the program's own code: before, Python answers
+        a Ctrl-C."""
+        maps = [Path(f"/proc/{process.pid}/maps") for process in self.processes]
+        if not maps[0].exists():  # no Linux
+            time.sleep(2)
+            return True
+        return all("mlx" in each.read_text() for each in maps)
 
     def signal(self, which, *ranks):
         """Send a signal to these; to all where none is named."""
