@@ -28,7 +28,7 @@ _PIECE = 1 << 23  # bytes that a thread reads at a time
 #: Bytes of a row up to which it is read whole, and what is wanted cut out in memory: a
 #: read of its own for each run takes as long as 16 to 32 KiB that are passed over.
 _SHORT_ROW = 1 << 15
-_ROWS = 1 << 20  # bytes of such rows that a thread holds at a time
+_ROWS = 1 << 19  # bytes of such rows that a thread holds at a time
 
 
 class Part(NamedTuple):
@@ -82,7 +82,7 @@ class Stored(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * self.view.itemsize if self.wanted else 0
+        return math.prod(self.shape) * self.view.itemsize
 
     def cut(self) -> np.ndarray:
         """The part, as an array: mapped where it is in one piece, else a copy."""
@@ -104,7 +104,7 @@ class Stored(NamedTuple):
         for a, b in self.part.ranges:
             if spans and spans[-1][1] == a * each:
                 spans[-1] = (spans[-1][0], b * each)
-            elif a < b:
+            else:
                 spans.append((a * each, b * each))
         if spans == [(0, size // rows)]:
             return whole
