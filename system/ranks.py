@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -21,6 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
+from queue import SimpleQueue
 from types import FrameType
 from typing import Any, NamedTuple, NoReturn
 
@@ -35,6 +37,8 @@ ADDRESS = "MLX_T5_ADDRESS"
 
 #: Seconds in which all ranks have to be there.
 _TOGETHER = 60.0
+#: Seconds after which it is looked who has come.
+_LOOK = 0.05
 #: Seconds that rank 0 has to end for a reason of its own when another fails: it is
 #: often the same.
 _OWN_REASON = 1.0
@@ -196,22 +200,29 @@ class Ranks:
             ) from None
         until = time.monotonic() + _TOGETHER
         found: dict[int, dict[str, Wire]] = {n: {} for n in range(1, size)}
+        came: SimpleQueue[tuple[Any, Any, Wire]] = SimpleQueue()
         with listening:
             while any(len(ends) < 2 for ends in found.values()):
-                listening.settimeout(max(0.01, until - time.monotonic()))
-                try:
-                    connected, _ = listening.accept()
-                except TimeoutError:
+                if time.monotonic() > until:
                     missing = [n for n, ends in found.items() if len(ends) < 2]
                     raise InputError(
                         f"rank {missing[0]} of {size} has not come in "
                         f"{_TOGETHER:.0f} seconds"
-                    ) from None
-                wire = Wire(connected)
-                with suppress(GoneError, TypeError, ValueError):
-                    number, kind = wire.receive()
-                    if kind not in found[number]:
+                    )
+                listening.settimeout(_LOOK)
+                with suppress(TimeoutError):
+                    connected, _ = listening.accept()
+                    # A stranger may say nothing, for ever.
+                    threading.Thread(
+                        target=_greet, args=(connected, came), daemon=True
+                    ).start()
+                while not came.empty():
+                    number, kind, wire = came.get()
+                    known = number in found and kind in (_ORDERS, _ENDS)
+                    if known and kind not in found[number]:
                         found[number][kind] = wire
+                    else:
+                        wire.close()
         return [found[number] for number in range(1, size)]
 
     def _connect(self) -> list[dict[str, Wire]]:
@@ -307,6 +318,20 @@ class Ranks:
         raise InputError(f"rank {number} does not answer")
 
 
+def _greet(
+    connected: socket.socket, came: "SimpleQueue[tuple[Any, Any, Wire]]"
+) -> None:
+    """Have one say who it is; of a stranger nothing comes."""
+    try:
+        wire = Wire(connected)
+        number, kind = wire.receive()
+        hash(number)
+    except (GoneError, OSError, TypeError, ValueError):
+        connected.close()
+    else:
+        came.put((number, kind, wire))
+
+
 _lock = threading.Lock()
 _met: list[Ranks | None] = []  # once it is known
 
@@ -362,6 +387,11 @@ def place_in(environment: "os._Environ[str] | dict[str, str]") -> Place | None:
         host, port = _address(said(ADDRESS))
     if not host:
         raise InputError(f"MPI does not say where rank 0 is: {ADDRESS}=HOST:PORT does")
+    if not 0 < port < 1 << 16:
+        raise InputError(
+            f"rank 0 would listen at port {port}, which there is not: "
+            f"{ADDRESS}=HOST:PORT names another"
+        )
     return Place(rank, size, backend, host, port)
 
 
@@ -390,7 +420,7 @@ def _listed(path: str) -> list[Any]:
     try:
         text = Path(path).read_text("utf-8")
         listed = json.loads(text) if text.strip() else []
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"the launcher's file cannot be read: {error}") from None
     if not isinstance(listed, list) or not all(
         isinstance(host, list) and host for host in listed
@@ -407,7 +437,7 @@ def _address(text: Any) -> tuple[str, int]:
 
 
 def _number(text: str | None) -> int:
-    if not (text and text.isascii() and text.isdecimal()):
+    if not (text and text.isascii() and text.isdecimal() and len(text) < 10):
         raise InputError(f"the launcher says '{text}' where a number has to be")
     return int(text)
 

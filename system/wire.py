@@ -63,7 +63,7 @@ class Wire:
             raise GoneError("what it says is no message")
         try:
             return json.loads(self._take(length))
-        except ValueError:
+        except (ValueError, RecursionError):
             raise GoneError("what it says is no message") from None
 
     def close(self) -> None:
