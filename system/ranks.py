@@ -107,7 +107,7 @@ class Ranks:
             self.wires[0].receive()  # where it is another, the end comes instead
             return
         for number, wire in enumerate(self.wires, start=1):
-            other = self._heard(number, wire)
+            other = self.hear_from(number)
             if other != value:
                 raise InputError(
                     f"rank {number} ({wire.where}) has another {what} than rank 0: "
@@ -117,11 +117,15 @@ class Ranks:
 
     def tell(self, message: Any) -> None:
         """On rank 0: say something to all others."""
-        for number, wire in enumerate(self.wires, start=1):
-            try:
-                wire.send(message)
-            except GoneError:
-                self._wait_for_end(number)
+        for number in range(1, self.size):
+            self.tell_one(number, message)
+
+    def tell_one(self, number: int, message: Any) -> None:
+        """On rank 0: say something to one other."""
+        try:
+            self.wires[number - 1].send(message)
+        except GoneError:
+            self._wait_for_end(number)
 
     def asked(self, message: Any) -> list[Any]:
         """On rank 0: what all others answer to something."""
@@ -130,7 +134,14 @@ class Ranks:
 
     def heard(self) -> list[Any]:
         """On rank 0: what all others say next."""
-        return [self._heard(n, wire) for n, wire in enumerate(self.wires, start=1)]
+        return [self.hear_from(number) for number in range(1, self.size)]
+
+    def hear_from(self, number: int) -> Any:
+        """On rank 0: what one other says next."""
+        try:
+            return self.wires[number - 1].receive()
+        except GoneError:
+            self._wait_for_end(number)
 
     def hear(self) -> Any:
         """Elsewhere: what rank 0 says next."""
@@ -213,17 +224,19 @@ class Ranks:
         with suppress(GoneError):
             self._ends[0].send(line)
 
-    def _end(self, line: str | None = None) -> None:
-        """On rank 0: it is over, for all; say why, if that is not known yet."""
+    def _end(self, line: str | None = None) -> bool:
+        """On rank 0: it is over, for all; say why, if that is not known yet, which is
+        what is returned."""
         with self._ending:
             if self._ended:
-                return
+                return False
             self._ended = True
             if line:
                 say(line)
         for wire in self._ends:
             with suppress(GoneError):
                 wire.send("end")
+        return True
 
     def _watch_other(self, number: int, wire: Wire) -> None:
         """On rank 0: end when another does."""
@@ -231,10 +244,11 @@ class Ranks:
         try:
             said = str(wire.receive())
             time.sleep(_OWN_REASON)
-            self._end(one_line(f"{which}: {said}"))
+            why = one_line(f"{which}: {said}")
         except GoneError:
-            self._end(f"{which} is gone, and its part of the work with it")
-        leave(2)
+            why = f"{which} is gone, and its part of the work with it"
+        if self._end(why):  # else it ends for a reason of its own, or in order
+            leave(2)
 
     def _watch_first(self, _: int, wire: Wire) -> None:
         """Elsewhere: end when rank 0 does."""
@@ -245,12 +259,6 @@ class Ranks:
                 sys.stderr.write(f"{self._name}: rank 0 is gone\n")
             leave(2)
         leave(0)
-
-    def _heard(self, number: int, wire: Wire) -> Any:
-        try:
-            return wire.receive()
-        except GoneError:
-            self._wait_for_end(number)
 
     def _wait_for_end(self, number: int) -> NoReturn:
         """A rank is gone, which is noticed elsewhere as well, and said there."""
