@@ -6,6 +6,6 @@ would need; ``benchmark.py`` takes the choice of models.
 In the order to read them: ``program`` (what main.py does), ``arguments`` (flags),
 ``choosing`` (which models), ``rules`` (how tokens are chosen), ``prompts`` (in),
 ``answers`` (out), ``comparing`` (--compare), ``interactive`` (the prompt loop);
-``job`` (--input), whose ``lines`` come in and go to its ``outlet``, and its
-``progress``.
+``job`` (--input), whose ``lines`` come in, ask ``questions`` and go to its ``outlet``,
+and its ``progress``; ``shared_job`` (--parallel data).
 """

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from console.choosing import NO_DRAFT, add_loading
-from pair import LOOKUP, MOST_ROWS
+from pair import DATA, LOOKUP, MOST_ROWS, TENSOR
 from speculation.beams import NEVER, Beams
 from speculation.requests import DELTA, MAX_TOKENS
 from speculation.sampling import COUPLINGS, GREEDY, RESIDUAL, SHARED
@@ -120,6 +120,13 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
         "hold",
     )
     add_loading(add)
+    add(
+        "--parallel",
+        choices=(TENSOR, DATA),
+        help=f"what several processes do that a launcher began together: {TENSOR}, "
+        f"each holds a part of the target; {DATA}, with --input, each holds the models "
+        f"and answers some of the lines (default: {TENSOR})",
+    )
     add("--chat", action="store_true", help="apply the model's chat template")
     add(
         "--system",
@@ -298,6 +305,8 @@ def check_flags(arguments: Namespace) -> None:
         for name in ("output", "batch_size", "resume"):
             if getattr(arguments, name):
                 raise InputError(f"--{name.replace('_', '-')} needs --input")
+        if arguments.parallel == DATA:
+            raise InputError(f"--parallel {DATA} needs --input, lines to share")
     else:
         for name in ("prompt", "interactive", "compare", "color", "separator"):
             if getattr(arguments, name):

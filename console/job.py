@@ -1,6 +1,7 @@
 """A file of prompts, answered several at a time: what --input does.
 
 lines ──► questions ──► pair.answers ──► outlet, in the order of the lines
+      (or, of several processes, each one's)
 """
 
 import hashlib
@@ -8,7 +9,7 @@ from argparse import Namespace
 from contextlib import closing, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from answering import Generation, Question
 from checkpoints.converted import CONFIG
@@ -17,12 +18,15 @@ from console.arguments import NAME
 from console.lines import Asked, Line, LineReader
 from console.outlet import Outlet
 from console.progress import Progress
+from console.questions import Blank, Questions, Tag
 from console.rules import Rules
+from console.shared_job import Sharing
 from pair import Pair
 from speculation.beams import Beams
 from speculation.requests import MAX_TOKENS
 from speculation.sampling import GREEDY, SHARED, Sampling
-from system.errors import InputError, PromptError, say
+from system.errors import InputError, say
+from system.ranks import Ranks
 from text.messages import Messages
 
 #: Flags that no answer depends on.
@@ -30,6 +34,7 @@ _OTHERS = {
     *("model", "draft_model", "input", "output", "batch_size", "resume", "verbose"),
     *("prompt", "interactive", "compare", "color", "separator", "keep_turns"),
     *("num_samples", "num_return_sequences", "unverified", "coupling", "compile"),
+    "parallel",
 }
 
 #: The flags of a beam search where there is none.
@@ -39,29 +44,20 @@ _NO_BEAMS = asdict(Beams(1))
 _WEIGHTS = ("*.npz", "*.safetensors")
 
 
-class _Blank(PromptError):
-    """Nothing is asked: the answer is nothing."""
-
-
-class _Tag(NamedTuple):
-    """What an answer is to be written with: its line, also as it was, and how many
-    bytes of the input there are up to its end."""
-
-    line: Line
-    raw: bytes
-    consumed: int
-
-
 class Job:
     """The lines of one input and their answers."""
 
-    def __init__(self, arguments: Namespace):
+    def __init__(self, arguments: Namespace, ranks: Ranks | None = None):
         """
+        Args:
+            ranks: on rank 0, those that answer lines as well.
+
         Raises:
             InputError: the input cannot be read, or the output not be written.
         """
         output = arguments.output or "-"
         self._arguments = arguments
+        self._ranks = ranks
         self._reader = LineReader(arguments.input)
         self._asked = Asked(arguments.input)
         self._outlet = Outlet(output, arguments.resume)
@@ -85,9 +81,9 @@ class Job:
         Raises:
             InputError: the output is not this job's.
         """
-        self._rules, self._system = rules, system
-        arguments, outlet = self._arguments, self._outlet
-        outlet.read(describe(arguments, pair))
+        self._questions = Questions(self._arguments, pair, rules, system)
+        outlet = self._outlet
+        outlet.read(describe(self._arguments, pair))
         if outlet.unrecorded:
             return self._complete()
         for place in range(outlet.known):
@@ -97,16 +93,11 @@ class Job:
             NAME, self._reader, outlet.known, outlet.failed
         )
         with closing(progress):
-            for answer in pair.answers(
-                self._next_question,
-                batch_size=arguments.batch_size,
-                num_draft=arguments.num_draft,
-                delta=arguments.delta,
-                keep_special=arguments.keep_special,
-            ):
-                self._write(answer)
+            shares = self._answer()
         outlet.done()
         progress.finish()
+        for line in shares if self._arguments.verbose else ():
+            say(line)
         return 2 if progress.failed else 0
 
     def _complete(self) -> int:
@@ -140,30 +131,35 @@ class Job:
         self._outlet.require_same(place, raw)
         self._asked.of(raw, long)
 
-    def _next_question(self, wait: bool) -> Question | None:
-        """As :class:`answering.Source` has it."""
+    def _answer(self) -> list[str]:
+        """Answer the lines that are left; which of several processes answered how
+        many, in words."""
+        if self._ranks:
+            sharing = Sharing(self._arguments, self._ranks, self._questions)
+            return sharing.run(self._next_line, self._write)
+        for answer in self._questions.answers(self._next_question):
+            self._write(answer)
+        return []
+
+    def _next_line(self, wait: bool) -> Tag | None:
+        """As :class:`answering.Source` has it, of lines."""
         taken = self._reader.take(wait)
         if taken is None:
             return None
-        line = self._asked.of(*taken)
-        tag = _Tag(line, taken[0], self._reader.consumed)
-        if line.blank:
-            return Question("", error=_Blank("the line is empty"), tag=tag)
-        if line.fault:
-            return Question("", error=PromptError(line.fault), tag=tag)
-        prompt = line.prompt
-        if self._arguments.chat and isinstance(prompt, str):
-            prompt = [*self._system, {"role": "user", "content": prompt}]
-        try:
-            way = self._rules.of(prompt)
-        except PromptError as error:
-            return Question("", error=error, tag=tag)
-        options = {**way._asdict(), "stream": line.number - 1}
-        return Question(prompt, options, tag=tag)
+        return Tag(self._asked.of(*taken), taken[0], self._reader.consumed)
+
+    def _next_question(self, wait: bool) -> Question | None:
+        """As :class:`answering.Source` has it."""
+        tag = self._next_line(wait)
+        if tag is None:
+            return None
+        if tag.error:
+            return Question("", error=tag.error, tag=tag)
+        return self._questions.of(tag.line.number, tag.line.prompt, tag)
 
     def _write(self, answer: Generation) -> None:
         line, raw, consumed = answer.tag
-        blank = isinstance(answer.error, _Blank)
+        blank = isinstance(answer.error, Blank)
         failed = bool(answer.error) and not blank
         if failed:
             self._progress.fault(line.number, str(answer.error))

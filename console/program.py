@@ -16,7 +16,8 @@ from console.comparing import compare, describe_machine
 from console.job import Job
 from console.prompts import EXAMPLE_TASK, read_prompts, read_system, require_answerable
 from console.rules import Rules, check_given, read_given, read_texts
-from pair import Pair
+from console.shared_job import Part
+from pair import DATA, TENSOR, Pair
 from speculation.requests import MAX_TOKENS, Stats, check_options
 from system import fast_blas
 from system.errors import PromptError, one_line, say
@@ -60,8 +61,9 @@ class Program:
                 compare(begin, arguments.num_draft, self._pair.forget)
         return status
 
-    def answer_file(self, job: Job) -> int:
-        """Answer the lines of a file, several at once; the exit status."""
+    def answer_file(self, job: Job | Part) -> int:
+        """Answer the lines of a file, several at once, or of those that are another
+        process's to answer; the exit status."""
         return job.run(self._pair, self._rules, self._system)
 
     def converse(self) -> None:
@@ -149,15 +151,18 @@ def main() -> int:
         arguments.task_defaults,
     )
 
+    shared = ranks if arguments.parallel == DATA else None
+    if shared and shared.rank:
+        return _answer(arguments, write, Part(arguments, shared))
     if ranks and ranks.rank:
         _load(arguments)  # its part, to the end
     if arguments.input is None:
         return _answer(arguments, write)
-    with closing(Job(arguments)) as job:
+    with closing(Job(arguments, shared)) as job:
         return _answer(arguments, write, job)
 
 
-def _answer(arguments: Namespace, write: Writer, job: Job | None = None) -> int:
+def _answer(arguments: Namespace, write: Writer, job: Job | Part | None = None) -> int:
     """Load the models that the flags name, and answer; the exit status."""
     if fast_blas.hint:
         say(fast_blas.hint)
@@ -183,4 +188,5 @@ def _load(arguments: Namespace) -> Pair:
         plain=arguments.regular_decode or arguments.num_draft == 0,
         how=loading_of(arguments),
         lookup=arguments.lookup,
+        parallel=arguments.parallel or TENSOR,
     )

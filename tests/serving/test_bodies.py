@@ -52,6 +52,7 @@ def test_every_flag_has_a_field():
         *("color", "json", "separator", "verbose", "chat", "system", "keep_turns"),
         "num_samples",  # n
         "regular_decode",  # num_draft: 0
+        "parallel",  # a server's requests are not lines to share
     }
     assert flags - elsewhere <= set(bodies._Completion.__struct_fields__)
 
