@@ -132,6 +132,8 @@ class Pair:
         ranks = meet()
         divided = ranks if parallel == TENSOR else None
         follows = divided is not None and divided.rank > 0
+        if divided and divided.together:
+            raise InputError("these ranks hold a target already, and it is all they do")
         if dtype not in (None, *DTYPES.values()):
             raise InputError(
                 f"dtype is {dtype!r}: it has to be None or one of "
@@ -166,21 +168,17 @@ class Pair:
                 )
         if ranks:
             ranks.require_same("target", remembering.fingerprint(folder))
-            if not divided:
-                its = draft_folder and remembering.fingerprint(draft_folder)
-                ranks.require_same("draft", its)
+        if divided:
+            divided.come_together()
+        elif ranks:
+            its = draft_folder and remembering.fingerprint(draft_folder)
+            ranks.require_same("draft", its)
         if draft_folder:
             session = architecture.open_session(
                 draft_folder, tokenizer, vocabulary, how
             )
             drafter = ModelDrafter(session)
-        if divided:
-            if divided.busy:
-                raise InputError(
-                    "these ranks hold a target already: together they hold one"
-                )
-            divided.busy = True
-            how = how._replace(ranks=divided)
+        how = how._replace(ranks=divided)
         target = architecture.open_session(folder, tokenizer, vocabulary, how)
         ends = architecture.eos_tokens(folder, tokenizer)
         looks: Lookup | None = None

@@ -20,7 +20,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import cached_property
 from pathlib import Path
 from queue import SimpleQueue
 from types import FrameType
@@ -65,7 +64,8 @@ class Ranks:
     Attributes:
         rank, size: which of how many it is.
         wires: on rank 0 one to each other, in order; elsewhere the one to rank 0.
-        busy: whether they hold a model together.
+        together: whether MLX has connected them, for a model that they hold.
+        group: which MLX adds up by, once they are.
         sums, summed_bytes: how often :meth:`add_up` was asked, and of how many bytes.
     """
 
@@ -76,9 +76,10 @@ class Ranks:
             InputError: one does not come, or is of another program or other flags.
         """
         self.rank, self.size = place.rank, place.size
-        self.busy = False
+        self.together = False
         self.sums = self.summed_bytes = 0
         self._place, self._name = place, name
+        self.group: mx.distributed.Group | None = None
         self._ending = threading.Lock()
         self._ended = False
         lines = (self._accept if self.rank == 0 else self._connect)()
@@ -96,13 +97,22 @@ class Ranks:
         self.require_same("version of MLX", mx.__version__)
         self.require_same("command line", sys.argv[1:])
 
-    @cached_property
-    def group(self) -> mx.distributed.Group:
-        """By which MLX adds up."""
+    def come_together(self) -> None:
+        """Have MLX connect the ranks; all ask at the same time, before they add up.
+
+        Raises:
+            InputError: it cannot.
+        """
+        # Meanwhile no other thread runs, nor Ctrl-C: who waits for nobody is ended by
+        # the system, without a word, which the others notice.
+        signal.alarm(int(_TOGETHER))
         try:
-            return mx.distributed.init(strict=True, backend=self._place.backend)
+            self.group = mx.distributed.init(strict=True, backend=self._place.backend)
         except (RuntimeError, ValueError) as error:
             raise InputError(f"the ranks do not come together: {error}") from None
+        finally:
+            signal.alarm(0)
+        self.together = True
 
     def add_up(self, part: mx.array) -> mx.array:
         """The sum of what each rank has, for all; where the same sums are begun with in
@@ -252,8 +262,10 @@ class Ranks:
 
     def _take_interrupts(self) -> None:
         """On rank 0: have Ctrl-C end what waits for a sum that never comes, in which
-        Python does not come to it."""
-        if threading.current_thread() is not threading.main_thread():
+        Python does not come to it; where Ctrl-C is ours."""
+        handler = signal.getsignal(signal.SIGINT)
+        ours = getattr(handler, "__module__", None) == errors.__name__
+        if not ours or threading.current_thread() is not threading.main_thread():
             return
         out, into = os.pipe()
         os.set_blocking(into, False)
