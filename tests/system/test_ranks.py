@@ -361,7 +361,7 @@ def lines_of(ended):
     return "".join(each.err for each in ended).splitlines()
 
 
-def refused(ended, *words, others=True):
+def refused(ended, *words):
     """One line on rank 0's stderr says it, and nobody goes on."""
     (line,) = lines_of(ended)
     assert line.startswith("main.py: "), line
