@@ -10,6 +10,7 @@ What a launcher says is in the environment; ``mlx.launch`` is the usual one.
 """
 
 import atexit
+import ctypes
 import hashlib
 import json
 import os
@@ -113,6 +114,8 @@ class Ranks:
         finally:
             signal.alarm(0)
         self.together = True
+        _hush_libraries()
+        _outlive_crashes()
 
     def add_up(self, part: mx.array) -> mx.array:
         """The sum of what each rank has, for all; where the same sums are begun with in
@@ -328,6 +331,29 @@ class Ranks:
         """A rank is gone, which is noticed elsewhere as well, and said there."""
         time.sleep(4 * _OWN_REASON)
         raise InputError(f"rank {number} does not answer")
+
+
+def _hush_libraries() -> None:
+    """Have stderr for lines of our own: MLX writes a dozen there when a rank is gone,
+    in the midst of the one that says which."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 2)
+    os.close(silence)
+    encoding, how = sys.stderr.encoding, sys.stderr.errors
+    sys.stderr = os.fdopen(kept, "w", 1, encoding=encoding, errors=how)
+
+
+def _outlive_crashes() -> None:
+    """Have a thread that crashes wait some seconds first, as MLX's can when a rank is
+    gone: in these the process ends, and says which. (Where the C library is GNU's.)"""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "sysv_signal"):  # which is for one time
+        library.sysv_signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
+        sleep = ctypes.cast(library.sleep, ctypes.c_void_p)
+        for number in (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS):
+            library.sysv_signal(number, sleep)  # its number is seconds, 6 to 11
 
 
 def _greet(
