@@ -6,6 +6,7 @@ Anything else that escapes is a defect of this program and keeps its traceback.
 """
 
 import argparse
+import atexit
 import os
 import re
 import signal
@@ -140,8 +141,20 @@ def _no_memory(error: Exception) -> str:
     return f"no memory is left ({reason}): shorten the prompt, or take a smaller model"
 
 
+#: What is done when the process ends, by :func:`leave` too.
+_last: list[Callable[[], object]] = []
+
+
+def at_end(do: Callable[[], object]) -> None:
+    """Have something done when the process ends, in whatever order; once or twice."""
+    _last.append(do)
+    atexit.register(do)
+
+
 def leave(status: int) -> NoReturn:
     """End the process with what it has written, and nothing of it taken down."""
+    for do in _last:
+        do()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):
             stream.flush()

@@ -9,7 +9,6 @@ and one line says why.
 What a launcher says is in the environment; ``mlx.launch`` is the usual one.
 """
 
-import atexit
 import ctypes
 import hashlib
 import json
@@ -44,6 +43,8 @@ _LOOK = 0.05
 _OWN_REASON = 1.0
 #: Seconds that Ctrl-C may take.
 _UNANSWERED = 10.0
+#: Signals that a program may take, and raise something then.
+_TAKEN = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM, signal.SIGUSR1, signal.SIGUSR2)
 #: What each wire is for: orders and answers; and who ends, and why.
 _ORDERS, _ENDS = "orders", "ends"
 
@@ -90,7 +91,7 @@ class Ranks:
         for number, wire in enumerate(self._ends, start=1):
             threading.Thread(target=watch, args=(number, wire), daemon=True).start()
         if self.rank == 0:
-            atexit.register(self._end)
+            errors.at_end(self._end)
             self._take_interrupts()
         else:
             self._become_quiet()
@@ -106,16 +107,18 @@ class Ranks:
         """
         # Meanwhile no other thread runs, nor Ctrl-C: who waits for nobody is ended by
         # the system, without a word, which the others notice.
-        signal.alarm(int(_TOGETHER))
+        alarm = signal.alarm(int(_TOGETHER))
+        first = self.group is None
         try:
             self.group = mx.distributed.init(strict=True, backend=self._place.backend)
         except (RuntimeError, ValueError) as error:
             raise InputError(f"the ranks do not come together: {error}") from None
         finally:
-            signal.alarm(0)
+            signal.alarm(alarm)
         self.together = True
-        _hush_libraries()
-        _outlive_crashes()
+        if first:
+            _hush_libraries()
+            _outlive_crashes()
 
     def add_up(self, part: mx.array) -> mx.array:
         """The sum of what each rank has, for all; where the same sums are begun with in
@@ -435,7 +438,8 @@ def place_in(environment: "os._Environ[str] | dict[str, str]") -> Place | None:
 
 @contextmanager
 def whole() -> Iterator[None]:
-    """Ctrl-C waits for what is done inside: what all ranks do, none leaves halfway."""
+    """Ctrl-C waits for what is done inside, and so does any other signal that a program
+    takes: what all ranks do, none leaves halfway."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -444,13 +448,17 @@ def whole() -> Iterator[None]:
     def note(number: int, frame: FrameType | None) -> None:
         came.append((number, frame))
 
-    before = signal.signal(signal.SIGINT, note)
+    before = {n: signal.getsignal(n) for n in _TAKEN}
+    before = {n: taken for n, taken in before.items() if callable(taken)}
+    for number in before:
+        signal.signal(number, note)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-    if came and callable(before):
-        before(*came[0])
+        for number, taken in before.items():
+            signal.signal(number, taken)
+    for number, frame in dict(came).items():
+        before[number](number, frame)
 
 
 def _listed(path: str) -> list[Any]:

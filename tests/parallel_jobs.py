@@ -207,6 +207,8 @@ def ask(job):
     """Load a pair, whole or in parts, and ask of it what the job names."""
     if job.get("packed"):  # on a CPU quantized weights are unpacked
         mx.default_device = lambda: mx.gpu
+    if meet():
+        meet().together = False  # as if they held none yet
     pair = Pair.load(job["model"], job.get("draft"), **job.get("how", {}))
     found = {name: globals()[name](pair) for name in job["wanted"]}
     if meet():
