@@ -1,5 +1,6 @@
 """Several processes of one program, begun together as a launcher does it."""
 
+import fcntl
 import json
 import os
 import random
@@ -69,6 +70,10 @@ class Ranked:
             folders: where each runs, by rank; the project by default.
             env: more of the environment.
         """
+        # One at a time: what waits for a sum takes a core, and two take four.
+        run = os.environ.get("PYTEST_XDIST_TESTRUNUID", "alone")
+        self._turn = (Path(tempfile.gettempdir()) / f"ranks-of-tests-{run}").open("w")
+        fcntl.flock(self._turn, fcntl.LOCK_EX)
         self._left = tempfile.TemporaryDirectory(prefix="ranks-of-tests-")
         self._folder = Path(self._left.name)
         self.count, self.port = count, free_ports(count + 1)
@@ -116,6 +121,7 @@ class Ranked:
                 process.wait()
         self.processes[0].stdin.close()
         self._left.cleanup()
+        self._turn.close()
 
     def _file(self, rank, what):
         return self._folder / f"{what}{rank}"

@@ -5,7 +5,10 @@ no difference, token for token. What a rank has of each matrix is checked agains
 description of the matrices that is this file's own.
 """
 
+import fcntl
+import json
 import math
+import os
 
 import mlx.core as mx
 import numpy as np
@@ -104,9 +107,19 @@ def logits_of(oracle):
     return [*found, np.array(rows)]
 
 
-def found_by(count, jobs, folder):
-    """What so many ranks find out: by the jobs' names each job and its findings."""
-    found = asked_in(count, list(jobs.values()), folder)
+def found_by(count, jobs, folders):
+    """What so many ranks find out: by the jobs' names each job and its findings. It
+    takes a minute: once for all processes of the tests."""
+    folder = folders.mktemp("ranks")
+    kept = folder / "found.json"
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        kept = folders.getbasetemp().parent / f"found by {count} ranks.json"
+    with kept.open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if not kept.stat().st_size:
+            json.dump(asked_in(count, list(jobs.values()), folder), file)
+        file.seek(0)
+        found = json.load(file)
     both = zip(jobs.values(), found, strict=True)
     return dict(zip(jobs, both, strict=True))
 
@@ -129,7 +142,7 @@ def by_two(make, tmp_path_factory):
         models = {"model": str(folder / "mlx"), "draft": str(draft)}
         wanted = ["logits", "few_texts"]
         jobs[name] = models | {"packed": packed, "wanted": wanted}
-    return found_by(2, jobs, tmp_path_factory.mktemp("ranks"))
+    return found_by(2, jobs, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +151,7 @@ def by_four(make, tmp_path_factory):
     cores, and each sum takes as long as that: so there are few texts.)"""
     jobs = {name: job(make, name, ["logits"]) for name in LAYOUTS}
     jobs["five heads"]["wanted"].append("few_texts")
-    return found_by(4, jobs, tmp_path_factory.mktemp("ranks"))
+    return found_by(4, jobs, tmp_path_factory)
 
 
 @pytest.fixture

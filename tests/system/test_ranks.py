@@ -4,7 +4,6 @@ What they compute together is in ``architectures/test_parallel.py``.
 """
 
 import json
-import random
 import shutil
 import signal
 import socket
@@ -433,7 +432,7 @@ def test_one_dies(folders, count, dies, said):
     tiny = [*program_at(folders / "one" / "model"), *ENDLESS]
     command = [*PROGRAM, *ENDLESS] if count == 2 else tiny
     with Ranked(count, command) as ranked:
-        ranked.until(lambda: len(ranked.out()) > 100)
+        ranked.until(lambda: len(ranked.out()) > 20)
         ranked.signal(signal.SIGKILL, dies)
         began = time.monotonic()
         ended = ranked.end()
@@ -449,14 +448,14 @@ def test_one_dies(folders, count, dies, said):
 def test_who_is_stopped_is_not_gone():
     """A machine may be slow: the text goes on where it was."""
     with Ranked(2, [*PROGRAM, *ENDLESS]) as ranked:
-        ranked.until(lambda: len(ranked.out()) > 100)
+        ranked.until(lambda: len(ranked.out()) > 20)
         ranked.signal(signal.SIGSTOP, 1)
-        time.sleep(5)
+        time.sleep(3)
         stood = len(ranked.out())
         assert [process.poll() for process in ranked.processes] == [None, None]
         assert ranked.err() == ""
         ranked.signal(signal.SIGCONT, 1)
-        ranked.until(lambda: len(ranked.out()) > stood + 100)
+        ranked.until(lambda: len(ranked.out()) > stood + 20)
         ranked.signal(signal.SIGKILL, 0)
         ranked.end()
 
@@ -536,21 +535,18 @@ def test_help():
 @pytest.mark.parametrize("which", [(), (0,)], ids=["all", "rank 0"])
 def test_ctrl_c(which):
     """At any moment: from a terminal all of them get it, from a launcher some."""
-    chance = random.Random(4)
-    for _ in range(3):
-        with Ranked(2, [*PROGRAM, *ENDLESS]) as ranked:
-            wanted = chance.randrange(1, 600)
-            ranked.until(lambda least=wanted, r=ranked: len(r.out()) > least)
-            ranked.signal(signal.SIGINT, *which)
-            ended = ranked.end()
-        assert ended[0].status == 130, ended
-        assert ended[1].status in (0, 2, 130), ended
-        assert [each.err for each in ended] == ["", ""]
+    with Ranked(2, [*PROGRAM, *ENDLESS]) as ranked:
+        ranked.until(lambda: len(ranked.out()) > 20)
+        ranked.signal(signal.SIGINT, *which)
+        ended = ranked.end()
+    assert ended[0].status == 130, ended
+    assert ended[1].status in (0, 2, 130), ended
+    assert [each.err for each in ended] == ["", ""]
 
 
 def test_ctrl_c_while_they_begin():
     """Before, while and after they meet."""
-    for after in (0, 0.3, 0.8, 1.5):
+    for after in (0, 0.5):
         with Ranked(2, [*PROGRAM, *ENDLESS]) as ranked:
             ranked.until(ranked.takes_signals)
             time.sleep(after)
@@ -563,11 +559,11 @@ def test_ctrl_c_while_they_begin():
 def test_ctrl_c_between_prompts(folders):
     """What was stopped leaves no trace in what is asked next."""
     models = ["--model", folders / "one" / "model", "--draft-model", "none"]
-    flags = [*models, "--min-new-tokens", "150", "--max-tokens", "150"]
+    flags = [*models, "--min-new-tokens", "60", "--max-tokens", "60"]
     program = [sys.executable, "main.py"]
     with Ranked(2, [*program, "--interactive", *flags]) as ranked:
         ranked.type("the cat sat\n")
-        ranked.until(lambda: len(ranked.out()) > 60)
+        ranked.until(lambda: len(ranked.out()) > 20)
         ranked.signal(signal.SIGINT)
         ranked.until(lambda: "stopped" in ranked.err())
         stopped = len(ranked.out())
