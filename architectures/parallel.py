@@ -77,7 +77,7 @@ def open_part(session: Session, ranks: Ranks) -> Session:
         _follow(_Follower(session, ranks), ranks)
     others = [n for n in ranks.heard() if n is not None]
     if free is not None and others:
-        memory.keep_back(max(0, free - min(others)))
+        memory.limit(min(others))
     return Leader(session, ranks)
 
 

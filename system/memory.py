@@ -25,8 +25,8 @@ _PASSING = 1 << 28
 _wired: dict[int, int] = {}
 _limit_before: int | None = None
 
-#: Bytes that other ranks have less of.
-_kept_back = 0
+#: What is left where other ranks have least, and what MLX had here at that time.
+_elsewhere: tuple[int, int] | None = None
 
 #: Bytes for which nobody is asked what is left, as that takes a millisecond.
 SMALL = 1 << 24
@@ -65,14 +65,17 @@ def free() -> int | None:
     left = [whole - mx.get_active_memory()]
     if on_cpu():
         left += [*_machine(_PROC), *_limits(_PROC), *_groups(_PROC, _GROUPS)]
-    return max(0, min(left) - _kept_back)
+    if _elsewhere:
+        most, before = _elsewhere
+        left.append(most + before - mx.get_active_memory())
+    return max(0, min(left))
 
 
-def keep_back(size: int) -> None:
-    """Have so many bytes less: what is computed together has to fit where least is
-    left."""
-    global _kept_back
-    _kept_back = size
+def limit(left: int) -> None:
+    """Have other ranks' memory count, where no more than ``left`` bytes are left now:
+    what is computed together takes as much there as here."""
+    global _elsewhere
+    _elsewhere = left, mx.get_active_memory()
 
 
 def fits(size: int) -> bool:

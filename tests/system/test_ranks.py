@@ -22,7 +22,8 @@ from ranked import ASKED, PROGRAM, PROJECT, Ranked, free_ports, run
 
 from system import ranks as ranks_module
 from system.errors import InputError
-from system.ranks import ADDRESS, Place, Ranks, place_in
+from system.launched import ADDRESS, Place, place_in
+from system.ranks import Ranks
 from system.wire import GoneError, Wire, connect, listen
 
 #: A text that goes on until somebody ends it.
