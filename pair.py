@@ -38,7 +38,7 @@ from speculation.trees import WIDER
 from system import memory, remembering
 from system.device import most_drafted, on_gpu
 from system.errors import InputError, PromptError, TooLongError, blame_prompt
-from system.ranks import meet
+from system.ranks import Ranks, meet
 from text.messages import last_text, read_prompt
 from text.tokenizer import Tokenizer, have_equal_files
 
@@ -121,7 +121,8 @@ class Pair:
             lookup: where words occurred before, take what followed them, and ask the
                 draft model elsewhere.
             unverified, dtype, compiled: of :class:`loading.Loading`, for both.
-            parallel: :data:`DATA` has every process load all of it, and return.
+            parallel: :data:`DATA` has every process load all of it, and return. Who
+                ends before rank 0 is then taken for one that failed.
 
         Raises:
             InputError: a folder is missing or damaged, or the draft's embedding has too
@@ -167,12 +168,7 @@ class Pair:
                     f"to {vocabulary - 1}: they are no pair"
                 )
         if ranks:
-            ranks.require_same("target", remembering.fingerprint(folder))
-        if divided:
-            divided.come_together()
-        elif ranks:
-            its = draft_folder and remembering.fingerprint(draft_folder)
-            ranks.require_same("draft", its)
+            _agree(ranks, divided is not None, folder, draft_folder)
         if draft_folder:
             session = architecture.open_session(
                 draft_folder, tokenizer, vocabulary, how
@@ -560,6 +556,22 @@ class Pair:
             require_text(message["role"], "a message's role")
             require_text(message["content"], f"the {message['role']}'s message")
         return self.tokenizer.encode_chat(prompt)
+
+
+def _agree(
+    ranks: Ranks, divided: bool, folder: Path, draft_folder: Path | None
+) -> None:
+    """See to it that all ranks load the same; together, where it is divided.
+
+    Raises:
+        InputError: they do not.
+    """
+    ranks.require_same("target", remembering.fingerprint(folder))
+    if divided:
+        ranks.come_together()
+    else:
+        its = draft_folder and remembering.fingerprint(draft_folder)
+        ranks.require_same("draft", its)
 
 
 def policy_for(target: Session, draft: Session | None) -> Auto:
