@@ -42,6 +42,8 @@ _UNANSWERED = 10.0
 _TAKEN = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM, signal.SIGUSR1, signal.SIGUSR2)
 #: What each wire is for: orders and answers; and who ends, and why.
 _ORDERS, _ENDS = "orders", "ends"
+#: What rank 0 says to who has come.
+_WELCOME = "all are here"
 
 
 class Ranks:
@@ -223,6 +225,9 @@ class Ranks:
                         found[number][kind] = wire
                     else:
                         wire.close()
+        for ends in found.values():
+            with suppress(GoneError):  # which is noticed at once
+                ends[_ORDERS].send(_WELCOME)
         return [found[number] for number in range(1, size)]
 
     def _connect(self) -> list[dict[str, Wire]]:
@@ -239,6 +244,18 @@ class Ranks:
                     f"rank {self.rank} does not reach rank 0 at {host}, port {port}: "
                     f"{error} ({ADDRESS}=HOST:PORT says where it is to listen)"
                 ) from None
+        # All are there by then; a stranger may say nothing, for ever.
+        try:
+            welcome = ends[_ORDERS].receive(within=2 * _TOGETHER)
+        except GoneError:
+            welcome = None
+        if welcome != _WELCOME:
+            for wire in ends.values():
+                wire.close()
+            raise InputError(
+                f"rank {self.rank} has reached {host}, port {port}, and rank 0 has "
+                f"ended, or this is another program"
+            )
         return [ends]
 
     # Ending.
@@ -324,12 +341,12 @@ def _hush_libraries() -> None:
     """Have stderr for lines of our own: MLX writes a dozen there when a rank is gone,
     in the midst of the one that says which."""
     sys.stderr.flush()
-    kept = os.dup(2)
+    encoding, how = sys.stderr.encoding, sys.stderr.errors
+    # First, as another thread may say something meanwhile.
+    sys.stderr = os.fdopen(os.dup(2), "w", 1, encoding=encoding, errors=how)
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 2)
     os.close(silence)
-    encoding, how = sys.stderr.encoding, sys.stderr.errors
-    sys.stderr = os.fdopen(kept, "w", 1, encoding=encoding, errors=how)
 
 
 def _outlive_crashes() -> None:

@@ -52,12 +52,19 @@ class Wire:
         except OSError as error:
             raise GoneError(str(error)) from None
 
-    def receive(self) -> Any:
-        """The next message, however long it takes.
+    def receive(self, within: float | None = None) -> Any:
+        """The next message.
+
+        Args:
+            within: seconds in which it has to begin and go on; None for any time.
 
         Raises:
             GoneError: there will be none.
         """
+        try:
+            self._socket.settimeout(within)
+        except OSError as error:
+            raise GoneError(str(error)) from None
         (length,) = _LENGTH.unpack(self._take(_LENGTH.size))
         if length > _MOST:
             raise GoneError("what it says is no message")

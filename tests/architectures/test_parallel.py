@@ -9,6 +9,7 @@ import fcntl
 import json
 import math
 import os
+from argparse import Namespace
 
 import mlx.core as mx
 import numpy as np
@@ -23,12 +24,14 @@ from parallel_jobs import BLOCKS, KEPT, SOURCES, blocks
 from ranked import asked_in
 
 import convert
+import pair
 from architectures import parallel, t5
 from architectures.loading import USUAL
 from architectures.parameters import parameter_shapes
 from architectures.parts import Share
 from checkpoints.config import Quantization, T5Config
 from model import T5, attend
+from system.errors import InputError
 
 #: Relative to the largest logit: of one process, and of transformers (as test_model.py
 #: has it).
@@ -581,3 +584,10 @@ def test_a_part_has_no_more_parameters(make):
     one = t5.load(folder, USUAL._replace(ranks=Rank(1, 2)))
     names = {name for name, _ in tree_flatten(one.parameters())}
     assert not any(name.startswith("head.") for name in names)
+
+
+def test_a_second_target_is_refused(monkeypatch):
+    """The others follow the first one: nobody would answer."""
+    monkeypatch.setattr(pair, "meet", lambda: Namespace(rank=0, size=2, together=True))
+    with pytest.raises(InputError, match="hold a target already"):
+        pair.Pair.load("nowhere")

@@ -278,6 +278,28 @@ def test_nobody_listens():
 # Meeting, among strangers.
 
 
+@pytest.mark.parametrize("says", [None, b"", (4).to_bytes(8, "big") + b'"oh"'])
+def test_a_stranger_in_the_place_of_rank_0(monkeypatch, says):
+    """Who listens there and says nothing, leaves at once, or says something else."""
+    monkeypatch.setattr(ranks_module, "_TOGETHER", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        taken = []
+
+        def take():
+            for _ in range(2):
+                taken.append(stranger.accept()[0])
+            if says is not None:
+                taken[0].sendall(says)
+                taken[0].shutdown(socket.SHUT_WR)
+
+        threading.Thread(target=take, daemon=True).start()
+        place = Place(1, 2, "ring", "127.0.0.1", stranger.getsockname()[1])
+        with pytest.raises(InputError, match="rank 0 has ended, or"):
+            Ranks(place, "main.py")
+        for each in taken:
+            each.close()
+
+
 def say_to(port, data):
     """A stranger, who stays."""
     stranger = socket.create_connection(("127.0.0.1", port))
