@@ -36,6 +36,10 @@ class Session(Protocol):
         """Encode or prefill a batch; the tokens that each row's decoding starts
         from."""
 
+    def require(self, prompts: list[list[int]], beside: bool) -> None:
+        """See to it that prompts can be begun with, ``beside`` a batch or alone, before
+        anything is computed."""
+
     def prepare(self, prompts: list[list[int]]) -> "Preparing":
         """Encode or prefill prompts that are to come into a batch, a chunk at a time:
         rows of it may be extended whenever this yields."""
