@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import HANG
+from jobs import FLAGS, models, sentences
 
 import main
 from console import job, lines, outlet, prompts
@@ -22,22 +23,10 @@ from pair import Pair
 from speculation.sampling import COUPLINGS
 from system.errors import InputError
 
-WORDS = ["the", "cat", "sat", "on", "a", "b", "c", "e", "t", "s"]
-FLAGS = ("--max-tokens", 8)
-
 
 @pytest.fixture(scope="session")
 def pair(make):
     return make()[2], make(noise=0.05)[2]
-
-
-def models(pair) -> tuple:
-    return "--model", pair[0], "--draft-model", pair[1]
-
-
-def sentences(count, seed=0):
-    rng = random.Random(seed)
-    return [" ".join(rng.choices(WORDS, k=rng.randint(1, 9))) for _ in range(count)]
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import os
 import random
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +17,8 @@ from queue import SimpleQueue
 
 import pytest
 from conftest import HANG
+from jobs import FLAGS, models, sentences
+from ranked import free_ports
 
 import main
 from answering import Generation
@@ -28,37 +29,10 @@ from console.shared_job import Desk
 from speculation.requests import Stats
 from system.errors import InputError, PromptError
 
-WORDS = ["the", "cat", "sat", "on", "a", "b", "c", "e", "t", "s"]
-FLAGS = ("--max-tokens", 8)
-
 
 @pytest.fixture(scope="session")
 def pair(make):
     return make()[2], make(noise=0.05)[2]
-
-
-def models(pair) -> tuple:
-    return "--model", pair[0], "--draft-model", pair[1]
-
-
-def sentences(count, seed=0):
-    rng = random.Random(seed)
-    return [" ".join(rng.choices(WORDS, k=rng.randint(1, 9))) for _ in range(count)]
-
-
-def free_ports(count: int) -> int:
-    """The first of so many ports that nobody has, below those that systems give to
-    whoever asks for any."""
-    rng = random.Random(os.getpid())
-    while True:
-        first = rng.randrange(20_000, 32_700)
-        try:
-            for port in range(first, first + count):
-                with socket.socket() as trying:
-                    trying.bind(("127.0.0.1", port))
-        except OSError:
-            continue
-        return first
 
 
 class Launched:
