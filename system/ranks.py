@@ -129,8 +129,8 @@ class Ranks:
             InputError: on rank 0, one has another.
         """
         if self.rank:
-            self.wires[0].send(value)
-            self.wires[0].receive()  # where it is another, the end comes instead
+            self.answer(value)
+            self.hear()  # where it is another, the end comes instead
             return
         for number, wire in enumerate(self.wires, start=1):
             other = self.hear_from(number)
